@@ -1,0 +1,21 @@
+"""Switch load balancing: 1 at perfect balance, E when every token picks the same expert.
+
+Source: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4-6. The token share is divided by
+the slots in use, so perfect balance gives 1 for every k; the function of the same purpose in
+transformers gives k times this, and pools all layers, which calls two collapsed layers balanced.
+"""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from moeadapt import stats
+from moeadapt.balance.base import BalanceConfig
+from moeadapt.routing import Routing
+
+
+class SwitchConfig(BalanceConfig):
+    """E * sum over experts of load * importance."""
+
+    def loss(self, routing: Routing) -> Float[Tensor, ""]:
+        """See `BalanceConfig.loss`."""
+        return routing.num_experts * (stats.load(routing) * stats.importance(routing)).sum()

@@ -1,0 +1,45 @@
+"""The errors a user can cause, one root for all of them.
+
+Each class also inherits the builtin it refines, so code that catches `ValueError` or
+`NotImplementedError` keeps working. Add a class only when a caller would want to handle it
+differently from its siblings. A message names the value, where it came from, what is allowed and
+what to do.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MoeAdaptError(Exception):
+    """Root of every error that moeadapt raises on purpose."""
+
+
+class ConfigError(MoeAdaptError, ValueError):
+    """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
+
+
+class UnsupportedError(MoeAdaptError, NotImplementedError):
+    """The request is well formed, but a routed mixture cannot do it; names what can."""
+
+
+class AdapterFileError(MoeAdaptError, ValueError):
+    """A saved adapter is damaged, incomplete, or does not belong to this base model."""
+
+
+class TrainingError(MoeAdaptError, RuntimeError):
+    """A training run would go wrong silently if it went on."""
+
+
+class AssetError(MoeAdaptError, OSError):
+    """A file that has to be downloaded or converted could not be had, or is not what it claims."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string.
+
+    Example:
+        >>> did_you_mean("topk", ["top_k", "uniform"])
+        "; did you mean 'top_k'?"
+    """
+    near = difflib.get_close_matches(str(word), sorted(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

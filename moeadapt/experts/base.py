@@ -1,0 +1,149 @@
+"""What every bank of experts is: all experts of one linear layer, around one gated rank axis.
+
+    delta(x) = up( gate( down(x), weights ) )
+
+`down` and `up` are linear and independent of the routing, so E experts of rank r are one LoRA of
+rank E*r whose rank axis is multiplied by the routing weights, token by token.
+
+Letters: T tokens, D in, O out, E experts, R width of the gated axis.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeadapt.registry import ComponentConfig
+
+
+class Factor(nn.Module):
+    """One matrix of a bank: a leaf module with its own forward.
+
+    Computing inside the leaf is what ZeRO-3 and FSDP need to gather the matrix first.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        """Allocate the matrix, zero."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
+
+    def forward(
+        self,
+        x: Float[Tensor, "*T D"],
+        onto: Float[Tensor, "*T O"] | None = None,
+        inplace: bool = False,
+    ) -> Float[Tensor, "*T O"]:
+        """`x @ weight.T`, added to `onto` if given; the small matrix is cast, never `x`."""
+        weight = self.weight.to(x.dtype)
+        if onto is None:
+            return F.linear(x, weight)
+        if x.dim() != 2 or onto.dtype != x.dtype:  # noqa: PLR2004
+            return onto + F.linear(x, weight).to(onto.dtype)
+        if inplace:
+            return onto.addmm_(x, weight.t())
+        return torch.addmm(onto, x, weight.t())
+
+    def extra_repr(self) -> str:
+        """Show the shape."""
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankSize:
+    """The sizes of one bank.
+
+    Attributes:
+        in_features: D.
+        out_features: O.
+        num_experts: E, the routed experts.
+        num_shared: always-on experts beside them.
+        rank: rank of one expert.
+        scale: what every delta is multiplied by, alpha / rank.
+    """
+
+    in_features: int
+    out_features: int
+    num_experts: int
+    num_shared: int = 0
+    rank: int = 8
+    scale: float = 1.0
+
+    @property
+    def total_experts(self) -> int:
+        """Routed and shared experts; the shared ones come last."""
+        return self.num_experts + self.num_shared
+
+
+Init = Literal["zero_b", "gaussian", "random"]
+"""`zero_b`: uniform A, zero B; `gaussian`: normal A of std 1/rank, zero B; `random`: no zero."""
+
+
+class ExpertBank(ABC):
+    """All experts of one linear layer.
+
+    The tensors live in leaf modules that the layer owns, one `ModuleDict` per factor with an entry
+    per adapter; the bank looks them up at each use, since wrappers may replace a leaf.
+
+    Attributes:
+        factor_names: the factors this type needs.
+        size: the sizes.
+    """
+
+    factor_names: ClassVar[tuple[str, ...]]
+
+    def __init__(
+        self, size: BankSize, factors: Mapping[str, nn.ModuleDict], adapter: str = "default"
+    ) -> None:
+        """Look at `factors[name][adapter]` for each factor name."""
+        self.size = size
+        self._factors = {name: factors[name] for name in self.factor_names}
+        self._adapter = adapter
+
+    def factor(self, name: str) -> Factor:
+        """Return the leaf module that holds the factor."""
+        return self._factors[name][self._adapter]  # type: ignore[return-value]
+
+    @classmethod
+    @abstractmethod
+    def make_factors(cls, size: BankSize, init: Init) -> dict[str, Factor]:
+        """Allocate and initialise fresh factors."""
+
+    @abstractmethod
+    def down(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T R"]:
+        """Project tokens onto the gated axis."""
+
+    @abstractmethod
+    def gate(
+        self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"]
+    ) -> Float[Tensor, "*T R"]:
+        """Multiply each expert's part of the axis by its weight; N = routed + shared experts."""
+
+    @abstractmethod
+    def up(
+        self, gated: Float[Tensor, "*T R"], onto: Float[Tensor, "*T O"] | None, inplace: bool
+    ) -> Float[Tensor, "*T O"]:
+        """Project back to the output and add to `onto`."""
+
+    @abstractmethod
+    def apply_one(self, x: Float[Tensor, "T D"], expert: int) -> Float[Tensor, "T O"]:
+        """Define what expert `expert` adds to the base output; shared experts come last."""
+
+    @abstractmethod
+    def delta_weight(self, expert: int) -> Float[Tensor, "O D"]:
+        """Return the matrix that expert `expert` adds to the base weight."""
+
+
+class ExpertConfig(ComponentConfig, ABC):
+    """Settings of one expert type; `bank` is the class that computes it."""
+
+    bank: ClassVar[type[ExpertBank]]
+
+    def build(self, size: BankSize, *, init: Init = "zero_b") -> ExpertBank:
+        """Make a stand-alone bank with fresh factors (a layer owns its factors itself)."""
+        fresh = self.bank.make_factors(size, init)
+        return self.bank(size, {k: nn.ModuleDict({"default": f}) for k, f in fresh.items()})

@@ -1,0 +1,112 @@
+"""Top-k routing: each token uses its k most probable experts.
+
+Letters: T tokens, D width, E experts.
+
+Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, eq. 3-5 (softplus noise); Mixtral,
+https://arxiv.org/abs/2401.04088, section 2.1 (softmax over the chosen logits = `renorm`); Switch,
+https://arxiv.org/abs/2101.03961, section 2.2 (jitter).
+"""
+
+import warnings
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k
+from moeadapt.routing import Routing, TokenContext, select_top_k
+
+
+class TopKConfig(LinearRouterConfig):
+    """Each token uses its `k` most probable experts.
+
+    Attributes:
+        k: experts per token, 1 to the number of experts.
+        normalize: `renorm` divides the chosen probabilities by their sum, `topk_softmax` takes the
+            softmax of the chosen logits (the same numbers), `none` keeps the probabilities. With
+            `k=1` a renormalised weight is constantly 1 and never trains the router, so the default
+            is `none` for `k=1` and `renorm` otherwise.
+        noise: training only, drawn from torch's own generator so that a checkpointed forward
+            redraws it: `gaussian` adds `noise_std` times a normal number to each logit, `softplus`
+            scales it by a learned softplus(x W_noise) per expert (Shazeer 2017, eq. 4).
+        noise_std: standard deviation of the logit noise, > 0.
+        jitter: training only: the hidden state is multiplied by a uniform number in
+            [1 - jitter, 1 + jitter], in [0, 1).
+    """
+
+    k: Annotated[int, Field(ge=1)] = 2
+    normalize: Literal["renorm", "topk_softmax", "none"] | None = None
+    noise: Literal["none", "gaussian", "softplus"] = "none"
+    noise_std: Annotated[float, Field(gt=0.0)] = 1.0
+    jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    def resolved_normalize(self) -> str:
+        """`normalize`, or the default for this `k`."""
+        return self.normalize or ("none" if self.k == 1 else "renorm")
+
+    def check(self, num_experts: int) -> None:
+        """See `RouterConfig.check`."""
+        check_k("top_k", self.k, num_experts)
+        if self.k == 1 and self.resolved_normalize() != "none" and not self.freeze:
+            warnings.warn(
+                f"router 'top_k' with k=1 and normalize={self.normalize!r} gives every token the "
+                "weight 1, so the task loss never trains the router; use normalize='none'",
+                stacklevel=2,
+            )
+
+    def build(self, dim: int, num_experts: int) -> "TopKRouter":
+        """See `RouterConfig.build`."""
+        self.check(num_experts)
+        return TopKRouter(self, dim, num_experts)
+
+
+class TopKRouter(LinearRouter):
+    """Softmax over all experts, keep the `k` largest, lowest index first among equals."""
+
+    config: TopKConfig
+
+    def __init__(self, config: TopKConfig, dim: int, num_experts: int) -> None:
+        """Make the gate, and the noise gate if the noise is learned."""
+        normalized = config.resolved_normalize() != "none"
+        super().__init__(
+            config, dim, num_experts, max_active=config.k, sums_to_one=normalized
+        )
+        learned = config.noise == "softplus"
+        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim)) if learned else None
+
+    def forward(self, hidden: Float[Tensor, "T D"], tokens: TokenContext) -> Routing:
+        """See `Router.forward`."""
+        if self.training and self.config.jitter:
+            low, high = 1.0 - self.config.jitter, 1.0 + self.config.jitter
+            hidden = hidden * torch.empty_like(hidden).uniform_(low, high)
+        logits_TE = self.logits(hidden)
+        if self.training and self.config.noise != "none":
+            logits_TE = logits_TE + self._noise(hidden, logits_TE)
+        probs_TE = logits_TE.softmax(-1)
+        chosen_TE = select_top_k(logits_TE.detach(), self.config.k)
+        if self.config.resolved_normalize() == "topk_softmax":
+            weights_TE = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
+        else:
+            weights_TE = probs_TE * chosen_TE
+            if self.sums_to_one:
+                weights_TE = weights_TE / weights_TE.sum(-1, keepdim=True)
+        return Routing(
+            logits=logits_TE,
+            probs=probs_TE,
+            weights=weights_TE,
+            max_active=self.max_active,
+            token_mask=tokens.mask,
+        )
+
+    def _noise(
+        self, hidden: Float[Tensor, "T D"], logits: Float[Tensor, "T E"]
+    ) -> Float[Tensor, "T E"]:
+        noise_TE = torch.randn_like(logits) * self.config.noise_std
+        if self.noise_weight is None:
+            return noise_TE
+        with torch.autocast(hidden.device.type, enabled=False):
+            scale_TE = F.linear(hidden.to(logits.dtype), self.noise_weight.to(logits.dtype))
+            return noise_TE * F.softplus(scale_TE)

@@ -1,0 +1,112 @@
+"""The one value that flows from a router to everything else.
+
+Letters: T tokens, E experts, K slots of a token.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenContext:
+    """What a router may know about the tokens besides their hidden states.
+
+    Attributes:
+        mask: True for real tokens; padding (False) is routed but never counted. None: all real.
+    """
+
+    mask: Bool[Tensor, " T"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """Which experts each token uses, and how much.
+
+    All shapes are known before the data is: top-k, top-p, thresholds and soft routing are the same
+    type, so nothing here waits for the device and nothing breaks a compiled graph.
+
+    Attributes:
+        logits: scores before the softmax.
+        probs: rows sum to one.
+        weights: what multiplies each expert's output; exactly 0 = not chosen.
+        max_active: upper bound on the experts of one token, known from the config.
+        token_mask: False for padding: computed, never counted.
+    """
+
+    logits: Float[Tensor, "T E"]
+    probs: Float[Tensor, "T E"]
+    weights: Float[Tensor, "T E"]
+    max_active: int
+    token_mask: Bool[Tensor, " T"] | None = None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.logits.shape[-1]
+
+    def slots(self) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
+        """Return the index form: expert ids and their weights, the largest weight first.
+
+        K is `max_active`; a slot of weight 0 is unused and its expert id means nothing.
+        """
+        weights_TK, experts_TK = self.weights.topk(self.max_active, dim=-1)
+        return experts_TK, weights_TK
+
+    def detach(self) -> "Routing":
+        """Return the same routing without its graph."""
+        return Routing(
+            logits=self.logits.detach(),
+            probs=self.probs.detach(),
+            weights=self.weights.detach(),
+            max_active=self.max_active,
+            token_mask=self.token_mask,
+        )
+
+
+def _flatten(routing: Routing) -> tuple[list[Tensor | None], int]:
+    tensors = [routing.logits, routing.probs, routing.weights, routing.token_mask]
+    return tensors, routing.max_active
+
+
+def _unflatten(tensors: "list[Tensor]", max_active: int) -> Routing:
+    logits, probs, weights, mask = tensors
+    return Routing(
+        logits=logits, probs=probs, weights=weights, max_active=max_active, token_mask=mask
+    )
+
+
+pytree.register_pytree_node(
+    Routing, _flatten, _unflatten, serialized_type_name="moeadapt.routing.Routing"
+)
+
+
+def select_top_k(scores: Float[Tensor, "T E"], k: int) -> Bool[Tensor, "T E"]:
+    """Mark the `k` largest scores of each row; equal scores go to the lower index.
+
+    `torch.topk` leaves the order of ties open, so two devices could route one token differently.
+
+    Example:
+        >>> select_top_k(torch.tensor([[1.0, 3.0, 3.0, 3.0]]), 2).tolist()
+        [[False, True, True, False]]
+    """
+    num_experts = scores.shape[-1]
+    if k >= num_experts:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if num_experts <= _PAIRWISE_LIMIT or torch.compiler.is_compiling():
+        index = torch.arange(num_experts, device=scores.device)
+        mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)
+        beats = (other > mine) | ((other == mine) & (index < index[:, None]))
+        return beats.sum(-1) < k
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    for _ in range(k):
+        best = scores.masked_fill(chosen, -torch.inf).argmax(-1, keepdim=True)
+        chosen = chosen.scatter(-1, best, True)
+    return chosen
+
+
+# Comparing all pairs is elementwise, so it fuses; beyond this many experts k passes are cheaper.
+_PAIRWISE_LIMIT = 16

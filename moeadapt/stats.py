@@ -1,0 +1,109 @@
+"""What a routing says about itself: pure functions, real tokens only.
+
+Letters: T tokens, E experts, L balance losses.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from moeadapt.routing import Routing
+
+
+def token_mean(values: Float[Tensor, "T *rest"], routing: Routing) -> Float[Tensor, "*rest"]:
+    """Mean over real tokens; 0 when every token is padding."""
+    if routing.token_mask is None:
+        return values.mean(0)
+    mask = routing.token_mask.to(values.dtype)
+    shaped = mask.view(-1, *[1] * (values.dim() - 1))
+    # where, not a product: a NaN computed for padding must not reach the sum.
+    kept = torch.where(shaped.bool(), values, torch.zeros_like(values))
+    return kept.sum(0) / mask.sum().clamp(min=1)
+
+
+def active(routing: Routing) -> Float[Tensor, " T"]:
+    """Experts in use per token."""
+    return (routing.weights != 0).to(routing.probs.dtype).sum(-1)
+
+
+def importance(routing: Routing) -> Float[Tensor, " E"]:
+    """Mean probability of each expert: sums to one, differentiable."""
+    return token_mean(routing.probs, routing)
+
+
+def load(routing: Routing) -> Float[Tensor, " E"]:
+    """Share of the used slots that each expert gets: sums to one, not differentiable."""
+    used = token_mean((routing.weights.detach() != 0).to(routing.probs.dtype), routing)
+    return used / used.sum().clamp(min=torch.finfo(used.dtype).tiny)
+
+
+def entropy(routing: Routing) -> Float[Tensor, " T"]:
+    """Entropy of each token's probabilities, in nats: 0 to log E."""
+    return torch.special.entr(routing.probs).sum(-1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterStats:
+    """One router over many forwards, averaged over its real tokens.
+
+    Attributes:
+        tokens: real tokens counted.
+        load: share of the used slots per expert.
+        importance: mean probability per expert.
+        entropy: mean token entropy, in nats.
+        active: mean experts in use per token.
+        losses: mean of each balance loss before its coefficient, in the order of `pack`.
+    """
+
+    tokens: float
+    load: Float[Tensor, " E"]
+    importance: Float[Tensor, " E"]
+    entropy: float
+    active: float
+    losses: tuple[float, ...]
+
+
+def packed_size(num_experts: int, num_losses: int) -> int:
+    """Length of the vector that `pack` returns."""
+    return 4 + 2 * num_experts + num_losses
+
+
+def pack(routing: Routing, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, " S"]:
+    """Sums over real tokens as one float32 vector: adding vectors of many forwards stays exact."""
+    with torch.no_grad():
+        if routing.token_mask is None:
+            tokens = routing.probs.new_full((), routing.probs.shape[0])
+        else:
+            tokens = routing.token_mask.sum().to(routing.probs.dtype)
+        used = (routing.weights != 0).to(routing.probs.dtype)
+        head = torch.stack(
+            [
+                torch.ones_like(tokens),
+                tokens,
+                token_mean(entropy(routing), routing) * tokens,
+                token_mean(active(routing), routing) * tokens,
+            ]
+        )
+        parts = [head, token_mean(used, routing) * tokens, importance(routing) * tokens]
+        if losses:
+            parts.append(torch.stack([loss.detach().to(tokens.dtype) for loss in losses]))
+        return torch.cat(parts).float()
+
+
+def unpack(packed: Float[Tensor, " S"], num_losses: int) -> RouterStats:
+    """Turn a sum of `pack` vectors into averages; the one place that reads from the device."""
+    values = packed.detach().double().cpu()
+    num_experts = (len(values) - 4 - num_losses) // 2
+    forwards, tokens = max(float(values[0]), 1.0), max(float(values[1]), 1.0)
+    used, probs = values[4 : 4 + num_experts], values[4 + num_experts : 4 + 2 * num_experts]
+    return RouterStats(
+        tokens=float(values[1]),
+        load=used / used.sum().clamp(min=1),
+        importance=probs / tokens,
+        entropy=float(values[2]) / tokens,
+        active=float(values[3]) / tokens,
+        losses=tuple(float(v) / forwards for v in values[4 + 2 * num_experts :]),
+    )
