@@ -24,7 +24,7 @@ def with_shared(weights: Float[Tensor, "*T E"], num_shared: int) -> Float[Tensor
 
 def mix(
     x: Float[Tensor, "T D"],
-    weights: Float[Tensor, "T E"],
+    weights: Float[Tensor, "T E"] | None,
     bank: ExpertBank,
     onto: Float[Tensor, "T O"],
     *,
@@ -34,13 +34,16 @@ def mix(
 
     Args:
         x: tokens.
-        weights: routing weights, 0 for experts not chosen.
+        weights: routing weights, 0 for experts not chosen; None: 1 for every expert (a bank of one
+            expert is then an ordinary LoRA).
         bank: the experts.
         onto: the base output.
         inplace: accumulate into `onto`'s memory. Only for a tensor that nobody else reads and that
             is not a view: on a view autograd copies it several times in backward.
     """
-    gated = bank.gate(bank.down(x), with_shared(weights, bank.size.num_shared))
+    if weights is not None:
+        weights = with_shared(weights, bank.size.num_shared)
+    gated = bank.gate(bank.down(x), weights)
     return bank.up(gated, onto, inplace)
 
 
@@ -120,13 +123,16 @@ def contract(
     bank: ExpertBank,
     base: Callable[[Float[Tensor, "T F"]], Float[Tensor, "T O"]],
     *,
-    inplace: bool = False,
+    dropout: Callable[[Tensor], Tensor] = lambda x: x,
 ) -> Float[Tensor, "T O"]:
-    """Return `sum_k weights[k] * down_k(activations[k])`; `base` is linear, so it runs once."""
+    """Return `sum_k weights[k] * down_k(activations[k])`; `base` is linear, so it runs once.
+
+    `dropout` applies to what the experts see, not to the base.
+    """
     onto = base(combine(activations, slots))
     choice = with_shared(slots.choice, bank.size.num_shared) * slots.weights.unsqueeze(-1)
-    gated = bank.gate(bank.down(activations), choice).sum(0)
-    return bank.up(gated, onto, inplace)
+    gated = bank.gate(bank.down(dropout(activations)), choice).sum(0)
+    return bank.up(gated, onto, False)
 
 
 def ffn_reference(

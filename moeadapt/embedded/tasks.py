@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from moeadapt.embedded.stdlib import function_rows
 from moeadapt.errors import AssetError, ConfigError, did_you_mean
@@ -62,21 +63,20 @@ def load_task(name: str, *, train: int, test: int, seed: int = 0) -> TaskData:
         raise ConfigError(
             f"unknown task {name!r}; one of {sorted(TASKS)}{did_you_mean(name, TASKS)}"
         )
+    if min(train, test) < 0:
+        raise ConfigError(f"task {name!r}: {train=}, {test=}; both must be 0 or more")
     wanted = {"train": train, "test": test}
     rows: dict[str, list[Row]] = {"train": [], "test": []}
-    for count in wanted.values():
-        if count < 0:
-            raise ConfigError(f"task {name!r}: {train=}, {test=}; both must be 0 or more")
     for prompt, completion in _SOURCES[name](seed):
         part = "test" if _is_held_out(prompt) else "train"
         if len(rows[part]) < wanted[part]:
             rows[part].append({"prompt": prompt, "completion": completion, "domain": name})
-        elif all(len(rows[other]) == wanted[other] for other in wanted):
+        elif len(rows["train"]) == train and len(rows["test"]) == test:
             break
     for part, count in wanted.items():
         if len(rows[part]) < count:
             raise ConfigError(
-                f"task {name!r} has only {len(rows[part])} {part} rows; asked for {count}"
+                f"task {name!r} has only {len(rows[part])} {part} rows; {part}={count} is too many"
             )
     return TaskData(train=rows["train"], test=rows["test"])
 
@@ -142,7 +142,7 @@ def _math_word(seed: int) -> Iterator[Pair]:
             yield question, answer
 
 
-def _import_reasoning_gym():  # noqa: ANN202 (a module of an optional dependency)
+def _import_reasoning_gym() -> ModuleType:
     # Importing it draws from the global random state, which would change the caller's run.
     state = random.getstate()
     try:

@@ -119,9 +119,12 @@ class ExpertBank(ABC):
 
     @abstractmethod
     def gate(
-        self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"]
+        self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"] | None
     ) -> Float[Tensor, "*T R"]:
-        """Multiply each expert's part of the axis by its weight; N = routed + shared experts."""
+        """Multiply each expert's part of the axis by its weight and by `size.scale`.
+
+        N = routed + shared experts; None: every weight is 1.
+        """
 
     @abstractmethod
     def up(

@@ -39,9 +39,11 @@ class LoraBank(ExpertBank):
         return self.factor("lora_A")(x)
 
     def gate(
-        self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"]
+        self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"] | None
     ) -> Float[Tensor, "*T R"]:
         """See `ExpertBank.gate`."""
+        if weights is None:
+            return hidden * self.size.scale
         scaled = (weights * self.size.scale).to(hidden.dtype).unsqueeze(-1)
         experts = hidden.unflatten(-1, (self.size.total_experts, self.size.rank))
         if hidden.dtype == torch.float16:

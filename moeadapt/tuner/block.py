@@ -1,0 +1,114 @@
+"""The linears of one attention or FFN block that share one routing.
+
+The routing is made from the block's input by a forward pre-hook and dropped by a forward hook, so
+a recomputation of the block (gradient checkpointing) makes its own.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moeadapt.dispatch import Slots
+from moeadapt.errors import UnsupportedError
+from moeadapt.tuner.context import RoutingContext, remove_hooks
+
+if TYPE_CHECKING:
+    from moeadapt.tuner.layer import MoeLoraLinear
+    from moeadapt.tuner.plan import BlockPlan
+
+
+class Block:
+    """One routing per adapter for all target linears of one block.
+
+    Hooks are bound methods of this plain object: unlike closures they follow a deepcopy.
+
+    Attributes:
+        plan: where the block is and whose input is routed.
+        owners: adapter name -> the layer that holds its router, the first targeted of the block.
+    """
+
+    def __init__(self, plan: "BlockPlan") -> None:
+        """Start without routers."""
+        self.plan = plan
+        self.owners: dict[str, MoeLoraLinear] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._slots: dict[str, Slots] = {}
+        self._hidden_dims = 0
+        self._open_slots = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the routing of a running forward."""
+        return {**self.__dict__, "_weights": {}, "_slots": {}, "_open_slots": 0}
+
+    def install(self, model: nn.Module) -> None:
+        """(Re)register the hooks on the modules that now sit at the planned paths."""
+        entry, parent = model.get_submodule(self.plan.entry), model.get_submodule(self.plan.path)
+        entry.register_forward_pre_hook(self.enter, with_kwargs=True)
+        parent.register_forward_hook(self.leave, always_call=True)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Route the block's input, once per active adapter."""
+        hidden = _first_tensor(args, kwargs)
+        self._hidden_dims = hidden.dim()
+        for adapter, owner in self.owners.items():
+            if owner.disable_adapters or adapter not in owner.active_adapters:
+                continue
+            router = owner.moe_heads[adapter].router
+            weights = owner.moe_heads[adapter](hidden)
+            if self.plan.whole_ffn:
+                self._slots[adapter] = Slots.of(
+                    weights, router.max_active, sums_to_one=router.sums_to_one
+                )
+            else:
+                self._weights[adapter] = weights
+
+    def leave(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        """Drop the routing; refuse an FFN whose slots were never added up."""
+        open_slots, self._open_slots = self._open_slots, 0
+        self._weights.clear()
+        self._slots.clear()
+        if open_slots and output is not None:
+            raise UnsupportedError(
+                f"placement 'ffn': {self.plan.path} does not end in one of its target linears; "
+                "use placement='linear' with router_scope='block' for this model"
+            )
+
+    def weights(self, adapter: str) -> Tensor:
+        """Return the running routing [T, E] of `adapter`."""
+        return self._running(self._weights, adapter)
+
+    def slots(self, adapter: str) -> Slots:
+        """Return the running routing of `adapter` as slots."""
+        return self._running(self._slots, adapter)
+
+    def is_input(self, x: Tensor) -> bool:
+        """Whether `x` is the block's input; otherwise it carries a leading axis of slots.
+
+        Also counts the slots opened by an input projection and closed by the output projection.
+        """
+        is_input = x.dim() == self._hidden_dims
+        self._open_slots = 1 if is_input else 0
+        return is_input
+
+    def _running(self, routings: dict[str, Any], adapter: str) -> Any:
+        if adapter not in routings:
+            raise UnsupportedError(
+                f"a target linear of {self.plan.path} was called outside the block's forward, so "
+                "there is no routing for it; use placement='linear' with router_scope='layer'"
+            )
+        return routings[adapter]
+
+
+def install_blocks(model: nn.Module, context: RoutingContext) -> None:
+    """Put every block's hooks on the modules of `model`, replacing earlier ones."""
+    remove_hooks(model, Block)
+    for block in context.blocks.values():
+        block.install(model)
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    if isinstance(kwargs.get("hidden_states"), torch.Tensor):
+        return kwargs["hidden_states"]
+    values = [*args, *kwargs.values()]
+    return next(value for value in values if isinstance(value, torch.Tensor))

@@ -1,0 +1,196 @@
+"""What the routers of one model share: the running forward, the aux scale, the counters.
+
+A plain object, not a module: it owns no tensor of the adapter and is never saved. It is copied and
+pickled with the model, without anything that belongs to a running forward.
+"""
+
+import inspect
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moeadapt.errors import TrainingError
+from moeadapt.routing import Routing, TokenContext
+
+if TYPE_CHECKING:
+    from moeadapt.tuner.block import Block
+    from moeadapt.tuner.head import RouterHead
+
+
+class Frame(NamedTuple):
+    """One forward of the whole model: the module that was called, and its 2-D padding mask."""
+
+    module_id: int
+    mask: Tensor | None
+
+
+class RoutingContext:
+    """Shared by every layer of one base model, across adapters.
+
+    Attributes:
+        frame: the running forward; None between forwards.
+        last_training_frame: the last forward with grad, which a recomputation in backward repeats.
+        collected: routings per layer while `collect_routing` is active, else None.
+        heads: adapter name -> layer name -> its router; aux losses are averaged over them.
+        blocks: path of a block -> the block, shared by all adapters.
+        scale_is_set: whether a trainer (or `set_aux_loss_scale`) supplied the scale.
+    """
+
+    def __init__(self) -> None:
+        """Start between forwards, with scale 1 that nobody vouched for."""
+        self.frame: Frame | None = None
+        self.last_training_frame: Frame | None = None
+        self.collected: dict[str, list[Routing]] | None = None
+        self.heads: dict[str, dict[str, RouterHead]] = {}
+        self.blocks: dict[str, Block] = {}
+        self.scale_is_set = False
+        self._scale_value = 1.0
+        self._scale: dict[torch.device, Tensor] = {}
+        self._warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to a running forward (its tensors cannot be copied)."""
+        transient = {"frame": None, "last_training_frame": None, "collected": None, "_scale": {}}
+        return {**self.__dict__, **transient}
+
+    # --- the scale of the auxiliary losses
+
+    def set_scale(self, scale: float) -> None:
+        """See `moeadapt.set_aux_loss_scale`."""
+        self.scale_is_set = True
+        if scale != self._scale_value:
+            self._scale_value = scale
+            for tensor in self._scale.values():
+                tensor.fill_(scale)
+
+    def scale(self, device: torch.device) -> Tensor:
+        """Return the scale as a tensor: changing its value recompiles nothing."""
+        if device not in self._scale:
+            self._scale[device] = torch.full((), self._scale_value, device=device)
+        return self._scale[device]
+
+    def check_scale(self, hidden: Tensor, router: nn.Module) -> None:
+        """Notice a training loop that needs a scale and did not supply one.
+
+        Raises:
+            TrainingError: fp16, where the task loss is multiplied by the GradScaler.
+        """
+        if self.scale_is_set or torch.compiler.is_compiling():
+            return
+        half = torch.is_autocast_enabled(hidden.device.type) and (
+            torch.get_autocast_dtype(hidden.device.type) == torch.float16
+        )
+        if half or hidden.dtype == torch.float16:
+            raise TrainingError(
+                "fp16 training multiplies the task loss by the GradScaler's scale, but not the "
+                f"auxiliary losses of the routers. {_SCALE_HELP} Or use bf16."
+            )
+        if not self._warned and any(
+            p.grad is not None and bool(p.grad.any()) for p in router.parameters()
+        ):
+            self._warned = True
+            warnings.warn(
+                "gradients are being accumulated, so the auxiliary losses of the routers weigh "
+                f"more than they should: once per micro-batch. {_SCALE_HELP}",
+                stacklevel=2,
+            )
+
+    # --- the running forward
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the base model and its backbone: remember the padding mask."""
+        if self.frame is not None and self.frame.module_id != id(module):
+            return  # the backbone inside a call of the model: the outer mask is the 2-D one
+        mask = kwargs.get("attention_mask")
+        if mask is None and args:
+            names = list(inspect.signature(module.forward).parameters)
+            position = names.index("attention_mask") if "attention_mask" in names else len(args)
+            mask = args[position] if position < len(args) else None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
+            mask = None
+        self.frame = Frame(id(module), mask)
+        if torch.is_grad_enabled():
+            self.last_training_frame = self.frame
+
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
+        """Forward hook: the mask of this forward must not meet a later one."""
+        if self.frame is not None and self.frame.module_id == id(module):
+            self.frame = None
+
+    def tokens(self, hidden: Tensor) -> TokenContext:
+        """Return what is known about the tokens of `hidden` [..., D], flattened."""
+        frame = self.frame
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            frame = self.last_training_frame  # recomputation inside a backward
+        mask = None if frame is None else frame.mask
+        if mask is None:
+            return TokenContext()
+        if hidden.dim() == 3 and hidden.shape[0] == mask.shape[0]:  # noqa: PLR2004
+            length = hidden.shape[1]
+            if length <= mask.shape[1]:
+                # With a KV cache the mask also covers the past: its tail is what runs now.
+                return TokenContext(mask=mask[:, mask.shape[1] - length :].reshape(-1).bool())
+        if hidden.dim() == 2 and hidden.shape[0] == mask.numel():  # noqa: PLR2004
+            return TokenContext(mask=mask.reshape(-1).bool())
+        return TokenContext()
+
+
+_SCALE_HELP = (
+    "Use a trainer of moeadapt.training, or add MoeAdaptCallback() to yours, or call "
+    "moeadapt.set_aux_loss_scale(model, amp_scale / accumulation_steps) before each backward."
+)
+
+
+def attach_context(model: nn.Module) -> RoutingContext:
+    """Return the context of `model`, installing it and its hooks once."""
+    context = getattr(model, _ATTRIBUTE, None)
+    if context is not None:
+        return context
+    context = RoutingContext()
+    setattr(model, _ATTRIBUTE, context)
+    backbone = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
+    # Some trainers call the backbone directly.
+    for module in {id(m): m for m in (model, backbone) if isinstance(m, nn.Module)}.values():
+        module.register_forward_pre_hook(context.enter, with_kwargs=True)
+        module.register_forward_hook(context.leave, with_kwargs=True, always_call=True)
+    return context
+
+
+def find_context(model: nn.Module) -> RoutingContext | None:
+    """Return the context of the base model inside any wrapper, or None."""
+    found = (vars(m).get(_ATTRIBUTE) for m in model.modules())
+    return next((context for context in found if context is not None), None)
+
+
+def remove_hooks(model: nn.Module, owner: type) -> None:
+    """Drop every forward hook that is a bound method of an `owner`.
+
+    Found by scanning, since handles kept from registration would be lost in a deepcopy.
+    """
+    for module in model.modules():
+        for registry in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [k for k, hook in registry.items() if isinstance(_bound_to(hook), owner)]:
+                del registry[key]
+                for extra in _HOOK_FLAGS:
+                    vars(module).get(extra, {}).pop(key, None)
+
+
+def detach_context(model: nn.Module) -> None:
+    """Undo `attach_context`."""
+    remove_hooks(model, RoutingContext)
+    vars(model).pop(_ATTRIBUTE, None)
+
+
+def _bound_to(hook: Any) -> Any:
+    return getattr(hook, "__self__", None)
+
+
+_ATTRIBUTE = "_moeadapt_context"
+
+_HOOK_FLAGS = (
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)

@@ -1,0 +1,103 @@
+"""Looking into a model with an adapter: its routings, its router statistics, its aux scale."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from moeadapt import stats
+from moeadapt.errors import ConfigError
+from moeadapt.routing import Routing
+from moeadapt.tuner.context import RoutingContext, find_context
+from moeadapt.tuner.head import RouterHead
+
+
+def require_context(model: nn.Module) -> RoutingContext:
+    """Return the context of `model`.
+
+    Raises:
+        ConfigError: the model has no moeadapt adapter.
+    """
+    context = find_context(model)
+    if context is None:
+        raise ConfigError(
+            f"this {type(model).__name__} has no mixture of LoRA experts; make one with "
+            "get_peft_model(model, MoeLoraConfig(...)) or load one with PeftModel.from_pretrained"
+        )
+    return context
+
+
+@contextmanager
+def collect_routing(model: nn.Module) -> Iterator[dict[str, list[Routing]]]:
+    """Collect every routing that happens inside the `with` block.
+
+    Yields:
+        Path of the layer or block -> its routings, one per forward, detached. Not filled inside a
+        compiled graph.
+
+    Raises:
+        ConfigError: the model has no moeadapt adapter.
+
+    Example:
+        >>> with moeadapt.collect_routing(model) as routings:
+        ...     _ = model(input_ids=input_ids)
+        >>> routings["model.layers.0.mlp"][0].weights.shape
+        torch.Size([8, 4])
+    """
+    context = require_context(model)
+    outer, context.collected = context.collected, {}
+    try:
+        yield context.collected
+    finally:
+        context.collected = outer
+
+
+def set_aux_loss_scale(model: nn.Module, scale: float) -> None:
+    """Tell the auxiliary losses what the task loss is multiplied by; for your own training loop.
+
+    Args:
+        model: the model, in any wrapper.
+        scale: the GradScaler's scale (1 without fp16) divided by the gradient accumulation steps.
+
+    Raises:
+        ConfigError: the model has no moeadapt adapter, or `scale` is not positive.
+    """
+    if not scale > 0:
+        raise ConfigError(f"scale={scale!r} must be positive: amp scale / accumulation steps")
+    require_context(model).set_scale(float(scale))
+
+
+def pop_router_stats(model: nn.Module) -> dict[str, stats.RouterStats]:
+    """Return each trained router's statistics since the last call, and start afresh.
+
+    Counted once per forward that was back-propagated. This is the one place that waits for the
+    device.
+
+    Returns:
+        `<adapter>/<layer or block>` -> its statistics.
+    """
+    heads = _heads(model)
+    counts = {name: head.pop_counts() for name, head in heads.items()}
+    return {
+        name: stats.unpack(packed, len(heads[name].balance))
+        for name, packed in counts.items()
+        if packed is not None
+    }
+
+
+def prepare_stats(model: nn.Module, device: torch.device) -> None:
+    """Make every router's counters on `device`; a compiled graph cannot."""
+    context = require_context(model)
+    context.scale(device)
+    for head in _heads(model).values():
+        head.sink(device)
+
+
+def _heads(model: nn.Module) -> dict[str, RouterHead]:
+    context = require_context(model)
+    return {
+        f"{adapter}/{name}": head
+        for adapter, heads in context.heads.items()
+        for name, head in heads.items()
+    }

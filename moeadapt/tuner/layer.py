@@ -1,0 +1,201 @@
+"""A target linear with its experts: `base(x) + sum_e w_e(x) * delta_e(x)`."""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from moeadapt.dispatch import contract, expand, mix
+from moeadapt.errors import UnsupportedError
+from moeadapt.experts import FACTOR_NAMES, BankSize, ExpertBank
+from moeadapt.experts.base import Init
+from moeadapt.tuner.block import Block
+from moeadapt.tuner.config import MoeLoraConfig
+from moeadapt.tuner.context import RoutingContext
+from moeadapt.tuner.head import RouterHead
+from moeadapt.tuner.plan import TargetPlan, in_out_features
+
+PREFIX = "moeadapt_"
+"""Starts the name of every adapter tensor; the lower-cased `peft_type` and an underscore."""
+
+MERGE_MENU = (
+    "the mixture depends on the input, so no single weight equals it. Keep the adapter, or use "
+    "moeadapt.merge (one ordinary LoRA, with the measured residual), moeadapt.split (every expert "
+    "as an ordinary LoRA) or moeadapt.export (a stock MoE checkpoint, exact for placement='ffn')"
+)
+
+INITS: dict[Any, Init] = {True: "zero_b", False: "random", "gaussian": "gaussian"}
+
+
+class MoeLoraLinear(nn.Module, BaseTunerLayer):
+    """One class for every base linear: `nn.Linear`, `Conv1D`, and the quantised ones.
+
+    Adapter tensors are leaves: `moeadapt_<factor>.<adapter>.weight`, and the router's own on
+    `moeadapt_router.<adapter>` of the layer that routes.
+    """
+
+    adapter_layer_names = (*(PREFIX + name for name in FACTOR_NAMES), PREFIX + "router")
+    other_param_names = ("moe_banks", "moe_plans", "moe_heads", "moe_blocks", "moe_dropout")
+
+    def __init__(self, base_layer: nn.Module, context: RoutingContext, **kwargs: Any) -> None:
+        """Wrap `base_layer`, without experts yet."""
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self.in_features, self.out_features = in_out_features(base_layer)
+        for name in self.adapter_layer_names:
+            setattr(self, name, nn.ModuleDict())
+        self.moe_banks: dict[str, ExpertBank] = {}
+        self.moe_plans: dict[str, TargetPlan] = {}
+        self.moe_heads: dict[str, RouterHead] = {}
+        self.moe_blocks: dict[str, Block] = {}
+        self.moe_dropout = nn.ModuleDict()
+        self._context = context
+        self._disable_adapters = False
+        self._active_adapter: list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def add_experts(
+        self, adapter: str, config: MoeLoraConfig, size: BankSize, plan: TargetPlan
+    ) -> None:
+        """Make the experts of `adapter`, and its router if this layer is the one that routes."""
+        experts = config.expert_config
+        for name, factor in experts.bank.make_factors(size, INITS[config.init_lora_weights]).items():
+            getattr(self, PREFIX + name)[adapter] = factor
+        factors = {name: getattr(self, PREFIX + name) for name in experts.bank.factor_names}
+        self.moe_banks[adapter] = experts.bank(size, factors, adapter)
+        self.moe_plans[adapter] = plan
+        if config.lora_dropout > 0:
+            self.moe_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        if plan.block is not None:
+            block = self._context.blocks.setdefault(plan.block.path, Block(plan.block))
+            self.moe_blocks[adapter] = block
+            if adapter not in block.owners:
+                block.owners[adapter] = self
+                self._add_router(adapter, config, plan.block.path, plan.block.dim)
+        elif plan.placement == "linear":
+            self._add_router(adapter, config, plan.key, self.in_features)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _add_router(self, adapter: str, config: MoeLoraConfig, name: str, dim: int) -> None:
+        routers: nn.ModuleDict = self.moeadapt_router
+        routers[adapter] = config.router_config.build(dim, config.num_experts)
+        head = RouterHead(name, routers, adapter, config.balance_configs, self._context)
+        self.moe_heads[adapter] = head
+        self._context.heads.setdefault(adapter, {})[name] = head
+
+    # --- forward
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the base output plus the active adapters' mixtures."""
+        adapters = [name for name in self.active_adapters if name in self.moe_banks]
+        if self.disable_adapters or not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if any(self.moe_plans[name].placement == "ffn" for name in adapters):
+            return self._forward_ffn(x, adapters)
+        cast = self._cast(x)
+        flat = cast.reshape(-1, x.shape[-1])
+        out = self._base(flat, *args, **kwargs)
+        for name in adapters:
+            weights = self._weights(name, x)
+            inplace = self._owns(out)
+            out = mix(self._drop(name, flat), weights, self.moe_banks[name], out, inplace=inplace)
+        return out.view(*x.shape[:-1], -1)
+
+    def _forward_ffn(self, x: Tensor, adapters: list[str]) -> Tensor:
+        if len(adapters) > 1:
+            raise UnsupportedError(
+                f"{len(adapters)} adapters are active and one has placement='ffn', whose experts "
+                "span the nonlinearity and do not add up; activate one with set_adapter"
+            )
+        (name,) = adapters
+        bank, block, cast = self.moe_banks[name], self.moe_blocks[name], self._cast(x)
+        slots = block.slots(name)
+        if block.is_input(x):
+            flat = cast.reshape(-1, x.shape[-1])
+            out = expand(self._drop(name, flat), slots, bank, self._base(flat))
+            return out.view(-1, *x.shape[:-1], out.shape[-1])
+        out = contract(
+            cast.reshape(x.shape[0], -1, x.shape[-1]),
+            slots,
+            bank,
+            self._base,
+            dropout=lambda activations: self._drop(name, activations),
+        )
+        return out.view(*x.shape[1:-1], -1)
+
+    def _weights(self, name: str, x: Tensor) -> Tensor | None:
+        plan = self.moe_plans[name]
+        if plan.placement == "unrouted":
+            return None
+        return self.moe_heads[name](x) if plan.block is None else self.moe_blocks[name].weights(name)
+
+    def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            out = self.quantization_backend.maybe_clone_base_result(out)
+        return out
+
+    def _cast(self, x: Tensor) -> Tensor:
+        """Cast once for the base and the experts what autocast would cast for each of them."""
+        if self.quantization_backend is not None or not torch.is_autocast_enabled(x.device.type):
+            return x
+        dtype = torch.get_autocast_dtype(x.device.type)
+        return x if x.dtype == torch.float64 else x.to(dtype)
+
+    def _owns(self, out: Tensor) -> bool:
+        """Whether `out` is a fresh GEMM result that nobody else reads."""
+        return (
+            not torch.compiler.is_compiling()
+            and type(self.base_layer) is nn.Linear
+            and not self.base_layer._forward_hooks
+            and not out._is_view()
+        )
+
+    def _drop(self, name: str, x: Tensor) -> Tensor:
+        return self.moe_dropout[name](x) if name in self.moe_dropout else x
+
+    # --- what PEFT asks of a layer
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """See `BaseTunerLayer.set_adapter`; frozen routers stay frozen."""
+        super().set_adapter(adapter_names, inference_mode)
+        self._refreeze()
+
+    def set_requires_grad(
+        self, adapter_names: str | list[str], requires_grad: bool = True
+    ) -> None:
+        """See `BaseTunerLayer.set_requires_grad`; frozen routers stay frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._refreeze()
+
+    def _refreeze(self) -> None:
+        for router in self.moeadapt_router.values():
+            if router.frozen:
+                router.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """See `BaseTunerLayer.delete_adapter`; the block and the context forget it too."""
+        block = self.moe_blocks.get(adapter_name)
+        if block is not None:
+            block.owners.pop(adapter_name, None)
+        self._context.heads.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refuse.
+
+        Raises:
+            UnsupportedError: always, with what to do instead.
+        """
+        raise UnsupportedError(f"cannot merge: {MERGE_MENU}")
+
+    def unmerge(self) -> None:
+        """Do nothing: a mixture is never merged."""
+
+    def __repr__(self) -> str:
+        """Mark the class, since PEFT has a Linear of its own for every method."""
+        return "moeadapt." + super().__repr__()

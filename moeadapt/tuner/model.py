@@ -1,0 +1,134 @@
+"""`MoeLoraModel`: PEFT's view of the method. Plans an injection, checks it, then applies it."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+)
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from moeadapt.errors import UnsupportedError
+from moeadapt.experts import BankSize
+from moeadapt.tuner.block import Block, install_blocks
+from moeadapt.tuner.config import MoeLoraConfig
+from moeadapt.tuner.context import attach_context, detach_context, remove_hooks
+from moeadapt.tuner.layer import MERGE_MENU, PREFIX, MoeLoraLinear
+from moeadapt.tuner.plan import TargetPlan, in_out_features, plan_targets
+
+
+class MoeLoraModel(BaseTuner):
+    """Wraps a base model and puts `MoeLoraLinear` around its target linears."""
+
+    prefix = PREFIX
+    tuner_layer_cls = MoeLoraLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """See `BaseTuner.inject_adapter`; refuses before the model is touched.
+
+        Raises:
+            ConfigError: see `plan_targets`.
+        """
+        config = self.peft_config[adapter_name]
+        keys = self._target_keys(model, config, state_dict)
+        quantization = get_quantization_kwargs(model)
+        self._plans = plan_targets(model, config, keys, quantization)
+        context = attach_context(model)
+        super().inject_adapter(
+            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+        )
+        install_blocks(model, context)
+
+    def _target_keys(
+        self, model: nn.Module, config: MoeLoraConfig, state_dict: dict[str, Tensor] | None
+    ) -> list[str]:
+        """Match targets the way `BaseTuner.inject_adapter` is about to."""
+        names = [name for name, _ in model.named_modules() if name]
+        inside = tuple(
+            name + "." for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+        )
+        names = [name for name in names if not name.startswith(inside)]
+        if state_dict is not None:
+            wanted = {key.rsplit("." + PREFIX, 1)[0] for key in state_dict}
+            return [name for name in names if name in wanted]
+        # Both helpers write into the config; PEFT calls them again on the real one.
+        config = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))
+        config = _maybe_include_all_linear_layers(config, model)
+        return [name for name in names if self._check_target_module_exists(config, name)]
+
+    def _create_and_replace(
+        self,
+        peft_config: MoeLoraConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        plan = self._plans[current_key]
+        size = _bank_size(peft_config, plan, target)
+        if isinstance(target, MoeLoraLinear):
+            target.add_experts(adapter_name, peft_config, size, plan)
+            return
+        context = attach_context(self.model)
+        layer = MoeLoraLinear(target, context, **get_quantization_kwargs(self.model))
+        layer._active_adapter = [adapter_name]
+        layer.add_experts(adapter_name, peft_config, size, plan)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT strips `adapter_names` before the base model sees it, so it would be ignored.
+        if kwargs.get("adapter_names") is not None:
+            raise UnsupportedError(
+                "adapter_names= (a different adapter per row) is not supported by a mixture of "
+                "LoRA experts; group the rows by adapter and call set_adapter between the calls"
+            )
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        raise UnsupportedError(f"cannot merge: {MERGE_MENU}")
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        remove_hooks(model, Block)
+        detach_context(model)
+        return model
+
+
+def _bank_size(config: MoeLoraConfig, plan: TargetPlan, target: nn.Module) -> BankSize:
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, plan.key), config.r)
+    alpha = config.alpha_pattern.get(
+        get_pattern_key(config.alpha_pattern, plan.key), config.lora_alpha
+    )
+    in_features, out_features = in_out_features(target)
+    routed = plan.placement != "unrouted"
+    return BankSize(
+        in_features=in_features,
+        out_features=out_features,
+        num_experts=config.num_experts if routed else 1,
+        num_shared=config.n_shared if routed else 0,
+        rank=rank,
+        scale=alpha / (math.sqrt(rank) if config.use_rslora else rank),
+    )

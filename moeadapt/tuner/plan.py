@@ -1,0 +1,177 @@
+"""What an injection will do, decided and checked before the model is touched."""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moeadapt.errors import ConfigError
+from moeadapt.tuner.config import MoeLoraConfig
+
+Placement = Literal["linear", "ffn", "unrouted"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockPlan:
+    """One block that shares a routing.
+
+    Attributes:
+        path: the module that contains its linears.
+        entry: the module whose input is routed: the block itself, or its first linear where the
+            linears sit directly in a decoder layer (OPT).
+        dim: width of the routed input.
+        whole_ffn: whether experts span the block.
+    """
+
+    path: str
+    entry: str
+    dim: int
+    whole_ffn: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetPlan:
+    """One target linear: how its experts are placed, and the block that routes it, if any."""
+
+    key: str
+    placement: Placement
+    block: BlockPlan | None
+
+
+def plan_targets(
+    model: nn.Module, config: MoeLoraConfig, keys: Iterable[str], quantization: Mapping[str, Any]
+) -> dict[str, TargetPlan]:
+    """Decide what becomes of each target linear.
+
+    Args:
+        model: the base model, possibly with other adapters.
+        config: the adapter to inject.
+        keys: paths of the target modules.
+        quantization: what `peft.utils.get_quantization_kwargs(model)` returned.
+
+    Raises:
+        ConfigError: a target is not a linear layer, or an FFN is only partly targeted.
+    """
+    keys = list(keys)
+    for key in keys:
+        _check_linear(key, model.get_submodule(key), quantization)
+    plans: dict[str, TargetPlan] = {}
+    for path in dict.fromkeys(_parent(key) for key in keys):
+        own = [key for key in keys if _parent(key) == path]
+        plans.update((p.key, p) for p in _plan_parent(model, config, path, own))
+    if config.placement == "ffn" and plans and not any(p.block for p in plans.values()):
+        raise ConfigError(
+            f"placement='ffn' found no FFN among the targets {_some(keys)}; target the FFN's "
+            "linears, for example target_modules='all-linear'"
+        )
+    return {key: plans[key] for key in keys}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether `module` is a linear layer or a tuner layer around one."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, (nn.Linear, Conv1D)) or _is_quantised(base, {})
+
+
+def _plan_parent(
+    model: nn.Module, config: MoeLoraConfig, path: str, keys: list[str]
+) -> list[TargetPlan]:
+    parent = model.get_submodule(path)
+    linears = [_join(path, name) for name, child in parent.named_children() if is_linear(child)]
+    is_ffn = _in_layer(path) and not _is_attention(path)
+    if config.placement == "linear" and config.router_scope == "layer":
+        return [TargetPlan(key=key, placement="linear", block=None) for key in keys]
+    if config.placement == "ffn" and not is_ffn:
+        return [TargetPlan(key=key, placement="unrouted", block=None) for key in keys]
+    whole_ffn = config.placement == "ffn"
+    if whole_ffn:
+        _check_whole(path, linears, keys)
+    block = BlockPlan(
+        path=path,
+        entry=path if _holds_only(parent) else linears[0],
+        dim=in_out_features(model.get_submodule(linears[0]))[0],
+        whole_ffn=whole_ffn,
+    )
+    placement: Placement = "ffn" if whole_ffn else "linear"
+    return [TargetPlan(key=key, placement=placement, block=block) for key in keys]
+
+
+def in_out_features(module: nn.Module) -> tuple[int, int]:
+    """Return the widths of a linear layer, quantised or wrapped."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, Conv1D):
+        return tuple(base.weight.shape)  # type: ignore[return-value]
+    for names in (("in_features", "out_features"), ("infeatures", "outfeatures")):
+        if all(hasattr(base, name) for name in names):
+            return getattr(base, names[0]), getattr(base, names[1])
+    raise ConfigError(f"cannot tell the widths of a {type(base).__name__}")
+
+
+def _check_linear(key: str, module: nn.Module, quantization: Mapping[str, Any]) -> None:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, (nn.Linear, Conv1D)) or _is_quantised(base, quantization):
+        return
+    raise ConfigError(
+        f"target {key!r} is a {type(base).__name__}, which cannot hold LoRA experts; supported: "
+        "torch.nn.Linear, transformers Conv1D, and the quantised linears PEFT knows (bitsandbytes "
+        "4 and 8 bit, torchao, GPTQ, AWQ, HQQ, AQLM, EETQ). Adjust target_modules or add the "
+        "module to exclude_modules; modules_to_save trains a module in full."
+    )
+
+
+def _is_quantised(base: nn.Module, quantization: Mapping[str, Any]) -> bool:
+    # torchao's backend asks for this argument even to be recognised.
+    backend = resolve_quantization_backend(
+        base, **{"get_apply_tensor_subclass": _unused, **quantization}
+    )
+    return backend is not None and backend.layer_type == "linear"
+
+
+def _unused() -> None:
+    """Stand in for torchao's re-quantisation, which a mixture never needs: it is not merged."""
+
+
+def _check_whole(path: str, linears: list[str], keys: list[str]) -> None:
+    missing = [key for key in linears if key not in keys]
+    if missing or len(linears) < 2:  # noqa: PLR2004 - an input and an output projection
+        raise ConfigError(
+            f"placement='ffn' needs every linear of the FFN {path!r}, which has {_some(linears)}; "
+            f"not targeted: {_some(missing)}. Add them to target_modules, or use "
+            "placement='linear'."
+        )
+
+
+def _holds_only(parent: nn.Module) -> bool:
+    """Whether no linear hides deeper than the parent's own children."""
+    return not any(
+        is_linear(module)
+        for child in parent.children()
+        if not is_linear(child)
+        for module in child.modules()
+    )
+
+
+def _is_attention(path: str) -> bool:
+    return re.search(r"(^|\.)\w*(attn|attention)\w*(\.|$)", path, re.IGNORECASE) is not None
+
+
+def _in_layer(path: str) -> bool:
+    return any(part.isdigit() for part in path.split("."))
+
+
+def _parent(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:5])
+    return shown + (f" and {len(names) - 5} more" if len(names) > 5 else "")  # noqa: PLR2004
