@@ -33,7 +33,7 @@ _HOME = {
     "set_aux_loss_scale": "moeadapt.tuner.inspect",
 }
 
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604 - the keys are strings
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,14 +28,16 @@ class _Attach(torch.autograd.Function):
     def forward(
         ctx: Any, weights: Tensor, loss: Tensor, scale: Tensor, stats: Tensor, sink: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(scale, stats)
+        # Not among the saved tensors: autograd would refuse a scale that changed since.
+        ctx.scale = scale
+        ctx.save_for_backward(stats)
         ctx.loss_dtype = loss.dtype
         return weights.view_as(weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scale, stats = ctx.saved_tensors
-        return grads[0], scale.to(ctx.loss_dtype), None, None, stats
+        (stats,) = ctx.saved_tensors
+        return grads[0], ctx.scale.to(ctx.loss_dtype), None, None, stats
 
 
 def attach(

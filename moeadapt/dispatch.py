@@ -85,7 +85,9 @@ class Slots:
     def of(weights: Float[Tensor, "T E"], max_active: int, *, sums_to_one: bool) -> "Slots":
         """Split dense weights into slots, gradients included."""
         values_TK, experts_TK = weights.topk(max_active, dim=-1)
-        choice_KTE = F.one_hot(experts_TK.t(), weights.shape[-1]).to(weights.dtype)
+        # Not F.one_hot, which reads the indices back to the host to check them.
+        every_E = torch.arange(weights.shape[-1], device=weights.device)
+        choice_KTE = (experts_TK.t().unsqueeze(-1) == every_E).to(weights.dtype)
         values_KT = values_TK.t()
         if not sums_to_one:
             rest = 1 - values_KT.sum(0, keepdim=True)

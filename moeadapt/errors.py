@@ -34,7 +34,7 @@ class AssetError(MoeAdaptError, OSError):
     """A file that has to be downloaded or converted could not be had, or is not what it claims."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string.
 
     Example:

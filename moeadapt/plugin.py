@@ -5,14 +5,17 @@ PEFT and torch take seconds to import and the command line needs neither for `--
 otherwise right after PEFT's own import has finished.
 """
 
+import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 WATCHED = "peft"
+TUNER = "moeadapt.tuner"
+"""Registers the method at the end of its own import."""
 
 
 class _ThenRegister(Loader):
@@ -37,7 +40,7 @@ class _Watcher(MetaPathFinder):
     """Finds nothing itself; wraps the loader of PEFT, once."""
 
     def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != WATCHED:
             return None
@@ -49,10 +52,9 @@ class _Watcher(MetaPathFinder):
 
 
 def register_now() -> None:
-    """Register the method with PEFT, importing both if need be."""
-    from moeadapt.tuner.register import register
-
-    register()
+    """Register the method with PEFT."""
+    if TUNER not in sys.modules:  # else it is what imports PEFT, and registers when it is ready
+        importlib.import_module(TUNER)
 
 
 def watch_peft() -> None:

@@ -29,13 +29,13 @@ class Registry(Mapping[str, type[C]], Generic[C]):
         self.kind = kind
         self._entries = dict(entries)
 
-    def __getitem__(self, name: str) -> type[C]:
+    def __getitem__(self, name: object) -> type[C]:
         """Return the config class.
 
         Raises:
             ConfigError: `name` is not registered; the message lists what is.
         """
-        if name not in self._entries:
+        if name not in self:
             raise ConfigError(
                 f"unknown {self.kind} {name!r}; one of {sorted(self._entries)}"
                 f"{did_you_mean(name, self._entries)}"
@@ -52,13 +52,22 @@ class Registry(Mapping[str, type[C]], Generic[C]):
 
     def __contains__(self, name: object) -> bool:
         """Whether `name` is registered (`Mapping`'s own version expects a KeyError)."""
-        return name in self._entries
+        return isinstance(name, str) and name in self._entries
 
     def name_of(self, config: C) -> str:
-        """Return the public name of `config`."""
-        return next(name for name, cls in self._entries.items() if type(config) is cls)
+        """Return the public name of `config`.
 
-    def parse(self, spec: "str | Mapping[str, Any] | C") -> C:
+        Raises:
+            ConfigError: the class of `config` is not registered here.
+        """
+        for name, cls in self._entries.items():
+            if type(config) is cls:
+                return name
+        raise ConfigError(
+            f"a {type(config).__name__} is not a {self.kind}; one of {sorted(self._entries)}"
+        )
+
+    def parse(self, spec: object) -> C:
         """Build the config that `spec` names.
 
         Args:
@@ -86,7 +95,7 @@ class Registry(Mapping[str, type[C]], Generic[C]):
         name = fields.pop("name", None)
         cls = self[name]
         try:
-            return cls(**fields)
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise ConfigError(explain(error, f"{self.kind} {name!r}", cls.model_fields)) from None
 

@@ -4,6 +4,7 @@ Letters: T tokens, E experts, K slots of a token.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -72,7 +73,7 @@ def _flatten(routing: Routing) -> tuple[list[Tensor | None], int]:
     return tensors, routing.max_active
 
 
-def _unflatten(tensors: "list[Tensor]", max_active: int) -> Routing:
+def _unflatten(tensors: list[Any], max_active: int) -> Routing:
     logits, probs, weights, mask = tensors
     return Routing(
         logits=logits, probs=probs, weights=weights, max_active=max_active, token_mask=mask

@@ -13,15 +13,25 @@ from torch import Tensor
 from moeadapt.routing import Routing
 
 
-def token_mean(values: Float[Tensor, "T *rest"], routing: Routing) -> Float[Tensor, "*rest"]:
-    """Mean over real tokens; 0 when every token is padding."""
+def token_count(routing: Routing) -> Float[Tensor, ""]:
+    """Count the real tokens."""
     if routing.token_mask is None:
-        return values.mean(0)
-    mask = routing.token_mask.to(values.dtype)
-    shaped = mask.view(-1, *[1] * (values.dim() - 1))
+        return routing.probs.new_full((), routing.probs.shape[0])
+    return routing.token_mask.sum().to(routing.probs.dtype)
+
+
+def token_sum(values: Float[Tensor, "T ..."], routing: Routing) -> Float[Tensor, "..."]:
+    """Sum over real tokens."""
+    if routing.token_mask is None:
+        return values.sum(0)
+    mask = routing.token_mask.view(-1, *[1] * (values.dim() - 1))
     # where, not a product: a NaN computed for padding must not reach the sum.
-    kept = torch.where(shaped.bool(), values, torch.zeros_like(values))
-    return kept.sum(0) / mask.sum().clamp(min=1)
+    return torch.where(mask, values, torch.zeros_like(values)).sum(0)
+
+
+def token_mean(values: Float[Tensor, "T ..."], routing: Routing) -> Float[Tensor, "..."]:
+    """Mean over real tokens; 0 when every token is padding."""
+    return token_sum(values, routing) / token_count(routing).clamp(min=1)
 
 
 def active(routing: Routing) -> Float[Tensor, " T"]:
@@ -36,8 +46,8 @@ def importance(routing: Routing) -> Float[Tensor, " E"]:
 
 def load(routing: Routing) -> Float[Tensor, " E"]:
     """Share of the used slots that each expert gets: sums to one, not differentiable."""
-    used = token_mean((routing.weights.detach() != 0).to(routing.probs.dtype), routing)
-    return used / used.sum().clamp(min=torch.finfo(used.dtype).tiny)
+    used = token_sum((routing.weights.detach() != 0).to(routing.probs.dtype), routing)
+    return used / used.sum().clamp(min=1)
 
 
 def entropy(routing: Routing) -> Float[Tensor, " T"]:
@@ -74,20 +84,15 @@ def packed_size(num_experts: int, num_losses: int) -> int:
 def pack(routing: Routing, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, " S"]:
     """Sums over real tokens as one float32 vector: adding vectors of many forwards stays exact."""
     with torch.no_grad():
-        if routing.token_mask is None:
-            tokens = routing.probs.new_full((), routing.probs.shape[0])
-        else:
-            tokens = routing.token_mask.sum().to(routing.probs.dtype)
+        tokens = token_count(routing)
         used = (routing.weights != 0).to(routing.probs.dtype)
-        head = torch.stack(
-            [
-                torch.ones_like(tokens),
-                tokens,
-                token_mean(entropy(routing), routing) * tokens,
-                token_mean(active(routing), routing) * tokens,
-            ]
-        )
-        parts = [head, token_mean(used, routing) * tokens, importance(routing) * tokens]
+        head = [
+            torch.ones_like(tokens),
+            tokens,
+            token_sum(entropy(routing), routing),
+            token_sum(used.sum(-1), routing),
+        ]
+        parts = [torch.stack(head), token_sum(used, routing), token_sum(routing.probs, routing)]
         if losses:
             parts.append(torch.stack([loss.detach().to(tokens.dtype) for loss in losses]))
         return torch.cat(parts).float()

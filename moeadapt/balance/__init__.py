@@ -1,7 +1,6 @@
 """Balance losses: a `Routing` in, a scalar out. One file per loss, one line here."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from moeadapt.balance.base import BalanceConfig
 from moeadapt.balance.switch import SwitchConfig
@@ -18,14 +17,15 @@ BALANCE: Registry[BalanceConfig] = Registry(
 )
 
 
-def parse_balance(spec: Mapping[str, Any] | None) -> dict[str, BalanceConfig]:
+def parse_balance(spec: object) -> dict[str, BalanceConfig]:
     """Build the losses that `spec` names.
 
     Args:
         spec: `{name: coefficient}` or `{name: {"coef": ..., **fields}}`; None or empty: none.
 
     Raises:
-        ConfigError: see `Registry.parse`; or `spec` is not a mapping.
+        ConfigError: see `Registry.parse`; `spec` is not a mapping; or a name inside contradicts
+            its key.
 
     Example:
         >>> parse_balance({"switch": 0.01})["switch"].coef
@@ -40,6 +40,10 @@ def parse_balance(spec: Mapping[str, Any] | None) -> dict[str, BalanceConfig]:
     losses = {}
     for name, value in spec.items():
         fields = dict(value) if isinstance(value, Mapping) else {"coef": value}
+        if fields.get("name", name) != name:
+            raise ConfigError(
+                f"balance {name!r}: name={fields['name']!r} contradicts its key; leave it out"
+            )
         losses[name] = BALANCE.parse({**fields, "name": name})
     return losses
 

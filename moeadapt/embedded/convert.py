@@ -118,7 +118,7 @@ def _generation_config(fields: dict[str, Any]) -> "GenerationConfig":
     return GenerationConfig(**_special_ids(fields))
 
 
-def _special_ids(fields: dict[str, Any]) -> dict[str, int]:
+def _special_ids(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
@@ -156,11 +156,12 @@ def _weights(
 def _transformers_name(name: str) -> str:
     if name in _TOP_NAMES:
         return _TOP_NAMES[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _BLOCK_NAMES:
-        return f"model.layers.{parts[1]}.{_BLOCK_NAMES[parts[2]]}.{parts[3]}"
-    # Not a name of ours, so that the check against the config reports it.
-    return name
+    match name.split("."):
+        case ["blk", layer, part, suffix] if part in _BLOCK_NAMES:
+            return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.{suffix}"
+        case _:
+            # Not a name of ours, so that the check against the config reports it.
+            return name
 
 
 def _unpermute(weight: "np.ndarray", num_heads: int) -> "np.ndarray":

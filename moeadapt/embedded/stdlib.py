@@ -51,7 +51,7 @@ def _rows_of_file(path: Path) -> Iterator[tuple[str, str]]:
     for function in _functions(tree.body):
         if prompt := _prompt(function):
             body = _body(function, lines)
-            if len(body) in _BODY and _is_code(body):
+            if len(body) in _BODY and _is_function(prompt, body):
                 yield prompt, body
 
 
@@ -69,7 +69,9 @@ def _prompt(function: ast.FunctionDef) -> str:
     summary = (ast.get_docstring(function) or "").split("\n\n")[0].strip()
     returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
     signature = f"def {function.name}({ast.unparse(function.args)}){returns}:"
-    if len(summary) not in _DOCSTRING or len(signature) > _MAX_SIGNATURE:
+    # A docstring that opens with a doctest says nothing in words.
+    unfit = len(summary) not in _DOCSTRING or summary.startswith(">>>")
+    if unfit or len(signature) > _MAX_SIGNATURE:
         return ""
     indented = textwrap.indent(f'"""{summary}"""', "    ")
     return f"{signature}\n{indented}"
@@ -81,12 +83,17 @@ def _body(function: ast.FunctionDef, lines: list[str]) -> str:
     return textwrap.dedent("\n".join(rest)).strip("\n").rstrip()
 
 
-def _is_code(body: str) -> bool:
-    # A string or comment at column 0 defeats the dedent, and then this fails.
+def _is_function(prompt: str, body: str) -> bool:
+    """Tell whether the two join into code with at least one statement after the docstring.
+
+    They do not where a string at column 0 defeats the dedent, or where the docstring has quotes
+    or escapes that its source spelt in another way.
+    """
     try:
-        return bool(_parse(body).body)
-    except SyntaxError:
+        (function,) = _parse(f"{prompt}\n{textwrap.indent(body, '    ')}").body
+    except (SyntaxError, ValueError):
         return False
+    return isinstance(function, ast.FunctionDef) and len(function.body) > 1
 
 
 def _parse(source: str) -> ast.Module:

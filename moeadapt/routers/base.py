@@ -71,7 +71,7 @@ class Router(nn.Module, ABC):
 class RouterConfig(ComponentConfig, ABC):
     """Settings of one router; `build` makes the module."""
 
-    def check(self, num_experts: int) -> None:  # noqa: B027 - most routers have nothing to check
+    def check(self, num_experts: int) -> None:
         """Refuse settings that do not fit `num_experts`.
 
         Raises:

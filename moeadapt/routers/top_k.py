@@ -71,9 +71,7 @@ class TopKRouter(LinearRouter):
     def __init__(self, config: TopKConfig, dim: int, num_experts: int) -> None:
         """Make the gate, and the noise gate if the noise is learned."""
         normalized = config.resolved_normalize() != "none"
-        super().__init__(
-            config, dim, num_experts, max_active=config.k, sums_to_one=normalized
-        )
+        super().__init__(config, dim, num_experts, max_active=config.k, sums_to_one=normalized)
         learned = config.noise == "softplus"
         self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim)) if learned else None
 
@@ -107,6 +105,8 @@ class TopKRouter(LinearRouter):
         noise_TE = torch.randn_like(logits) * self.config.noise_std
         if self.noise_weight is None:
             return noise_TE
+        if self.config.input == "stop_gradient":
+            hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
             scale_TE = F.linear(hidden.to(logits.dtype), self.noise_weight.to(logits.dtype))
             return noise_TE * F.softplus(scale_TE)

@@ -1,12 +1,13 @@
 """Looking into a model with an adapter: its routings, its router statistics, its aux scale."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moeadapt import stats
+from moeadapt.balance import BalanceConfig
 from moeadapt.errors import ConfigError
 from moeadapt.routing import Routing
 from moeadapt.tuner.context import RoutingContext, find_context
@@ -68,22 +69,51 @@ def set_aux_loss_scale(model: nn.Module, scale: float) -> None:
     require_context(model).set_scale(float(scale))
 
 
-def pop_router_stats(model: nn.Module) -> dict[str, stats.RouterStats]:
+def pop_router_stats(
+    model: nn.Module, reduce: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, stats.RouterStats]:
     """Return each trained router's statistics since the last call, and start afresh.
 
     Counted once per forward that was back-propagated. This is the one place that waits for the
-    device.
+    device, once for all routers.
+
+    Args:
+        model: the model, in any wrapper.
+        reduce: sums a vector over all processes, each of which must call this function; None:
+            this process alone.
 
     Returns:
         `<adapter>/<layer or block>` -> its statistics.
     """
     heads = _heads(model)
     counts = {name: head.pop_counts() for name, head in heads.items()}
+    if reduce is None:
+        counts = {name: packed for name, packed in counts.items() if packed is not None}
+    sizes = [
+        stats.packed_size(heads[name].router.num_experts, len(heads[name].balance))
+        for name in counts
+    ]
+    if not sizes:
+        return {}
+    found = next((packed for packed in counts.values() if packed is not None), None)
+    device = next(model.parameters()).device if found is None else found.device
+    together = torch.cat(
+        [
+            torch.zeros(size, device=device) if packed is None else packed.to(device)
+            for packed, size in zip(counts.values(), sizes, strict=True)
+        ]
+    )
+    together = (together if reduce is None else reduce(together)).cpu()
     return {
         name: stats.unpack(packed, len(heads[name].balance))
-        for name, packed in counts.items()
-        if packed is not None
+        for name, packed in zip(counts, together.split(sizes), strict=True)
+        if packed[0] > 0  # forwards
     }
+
+
+def balance_of(model: nn.Module) -> dict[str, dict[str, BalanceConfig]]:
+    """Return each router's balance losses by name, under the names of `pop_router_stats`."""
+    return {name: head.balance for name, head in _heads(model).items()}
 
 
 def prepare_stats(model: nn.Module, device: torch.device) -> None:

@@ -62,7 +62,9 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Make the experts of `adapter`, and its router if this layer is the one that routes."""
         experts = config.expert_config
-        for name, factor in experts.bank.make_factors(size, INITS[config.init_lora_weights]).items():
+        for name, factor in experts.bank.make_factors(
+            size, INITS[config.init_lora_weights]
+        ).items():
             getattr(self, PREFIX + name)[adapter] = factor
         factors = {name: getattr(self, PREFIX + name) for name in experts.bank.factor_names}
         self.moe_banks[adapter] = experts.bank(size, factors, adapter)
@@ -131,7 +133,9 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         plan = self.moe_plans[name]
         if plan.placement == "unrouted":
             return None
-        return self.moe_heads[name](x) if plan.block is None else self.moe_blocks[name].weights(name)
+        return (
+            self.moe_heads[name](x) if plan.block is None else self.moe_blocks[name].weights(name)
+        )
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)
@@ -165,9 +169,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         super().set_adapter(adapter_names, inference_mode)
         self._refreeze()
 
-    def set_requires_grad(
-        self, adapter_names: str | list[str], requires_grad: bool = True
-    ) -> None:
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
         """See `BaseTunerLayer.set_requires_grad`; frozen routers stay frozen."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._refreeze()

@@ -51,6 +51,4 @@ def register() -> None:
     if known is not None:
         raise RuntimeError(f"PEFT already has a method {METHOD}: {known}; moeadapt cannot add its")
     extend_peft_type()
-    register_peft_method(
-        name=METHOD.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel
-    )
+    register_peft_method(name=METHOD.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel)

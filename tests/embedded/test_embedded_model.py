@@ -42,9 +42,6 @@ class FakePip:
             (folder / "some-1-py3-none-any.whl").write_bytes(self.wheel)
         return self
 
-    def wait(self, timeout: float | None = None) -> int:
-        return self.returncode
-
     def poll(self) -> int:
         return self.returncode
 

@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv when it is missing.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: install demo test lint format slow clean help
+
+help:
+	@echo "make demo     train and compare on a real model (about 15 minutes on 2 cores)"
+	@echo "make test     linters, type checks and every test of the default suite"
+	@echo "make install  only set up .venv"
+	@echo "make slow     the tests that download or take long"
+	@echo "make format   fix what the linter can fix"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/moeadapt demo
+
+test: install lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu"
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+slow: install
+	$(BIN)/python -m pytest -m "slow or network or trajectory"
+
+clean:
+	rm -rf .venv build dist *.egg-info

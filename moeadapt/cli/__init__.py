@@ -1,0 +1,40 @@
+"""The command line: `moeadapt <verb>`. One file per verb; heavy imports wait until a verb runs."""
+
+import typer
+
+from moeadapt.cli import demo, plan, train, validate
+from moeadapt.version import __version__
+
+app = typer.Typer(
+    name="moeadapt",
+    help="Mixtures of LoRA experts with adaptive routers, as a PEFT method.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+for verb in (demo, train, validate, plan):
+    verb.add_to(app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", callback=_print_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Mixtures of LoRA experts with adaptive routers, as a PEFT method."""
+
+
+def main() -> None:
+    """Run the command line.
+
+    Exit codes: 0 done, 1 failed while working, 2 the input is wrong, 130 interrupted.
+    """
+    app()

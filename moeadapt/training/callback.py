@@ -1,0 +1,151 @@
+"""`MoeAdaptCallback`: one line for stock trainers; needs transformers, not TRL."""
+
+import inspect
+import math
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import has_length
+
+from moeadapt.training.session import Session, check_setup, restore_routers
+from moeadapt.tuner.context import find_context
+
+
+class MoeAdaptCallback(TrainerCallback):
+    """Gives the routers what they need from a trainer that knows nothing about them.
+
+    1. Before DDP and the optimizer are made: routers are float32 again.
+    2. Before each optimizer step: the scale of the auxiliary losses, exact also for the last,
+       shorter accumulation of an epoch. Only where the data has no length is that accumulation
+       weighted like the others, and it is said once.
+    3. At each log of the loss: `moe/` metrics beside it (see `router_metrics`). Reporters read the
+       logs in the order of the callbacks, so this one moves itself to the front.
+
+    Raises:
+        ConfigError: at the start of training, the model has no mixture of LoRA experts.
+        TrainingError: at the start of training, see `check_setup` and `restore_routers`.
+
+    Example:
+        >>> trl.SFTTrainer(model, peft_config=MoeLoraConfig(), callbacks=[MoeAdaptCallback()])
+    """
+
+    def __init__(self) -> None:
+        self._session: Session | None = None
+        self._resuming = True
+        self._epoch_length: int | None = None
+        self._updates_left = 0
+
+    def on_init_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Repair the routers while nothing has been built on their dtype."""
+        if model is not None and find_context(model) is not None:
+            restore_routers(model)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check, and start counting."""
+        assert model is not None
+        check_setup(model, args.n_gpu)
+        self._session = Session(model, args.device)
+        restore_routers(model, wrapped=True)
+        self._resuming = True
+        _move_to_front(self)
+        if args.gradient_accumulation_steps > 1 and not has_length(train_dataloader):
+            warnings.warn(
+                "the training data has no length, so MoeAdaptCallback cannot tell the last, "
+                "shorter accumulation of an epoch from the others; its auxiliary losses weigh "
+                "less. A trainer of moeadapt.training is exact here too",
+                stacklevel=2,
+            )
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count down the optimizer steps of the epoch, from its middle when resuming there."""
+        resuming, self._resuming = self._resuming, False
+        if not has_length(train_dataloader):
+            self._epoch_length = None
+            return
+        self._epoch_length = len(train_dataloader)
+        updates = max(math.ceil(self._epoch_length / args.gradient_accumulation_steps), 1)
+        skipped = resuming and not args.ignore_data_skip
+        self._updates_left = updates - (state.global_step % updates if skipped else 0)
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Set the scale for the micro-batches of this optimizer step."""
+        assert self._session is not None
+        steps = args.gradient_accumulation_steps
+        if self._epoch_length is not None:
+            self._updates_left -= 1
+            if self._updates_left == 0:
+                steps = self._epoch_length % steps or steps
+        self._session.set_scale(getattr(optimizer, "scaler", None), steps)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add the metrics to a log of the training loss."""
+        if self._session is None or logs is None or "loss" not in logs:
+            return
+        metrics = self._session.metrics()
+        logs.update(metrics)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Withdraw the scale."""
+        if self._session is not None:
+            self._session.end()
+            self._session = None
+
+
+def _move_to_front(callback: TrainerCallback) -> None:
+    """Make the handler that is calling `callback` call it first from now on.
+
+    No event is given the trainer or the handler, so it is found among the callers; without it the
+    metrics only reach the log history and the callbacks behind this one.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler) and callback in handler.callbacks:
+            # The running loop over this list goes on behind the callback's old place.
+            handler.callbacks.remove(callback)
+            handler.callbacks.insert(0, callback)
+            return
+        frame = frame.f_back

@@ -1,0 +1,86 @@
+"""`MoETrainerMixin`: in front of any trainer that derives from `transformers.Trainer`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moeadapt.training.param_groups import split_router_params
+from moeadapt.training.session import Session, check_setup, require_adapter, restore_routers
+
+
+class MoETrainerMixin:
+    """Gives the routers what they need from a trainer; the losses stay the trainer's own.
+
+    1. `train`: routers are float32 again before the optimizer and any wrapper are made.
+    2. `training_step`: the scale of the auxiliary losses, exact for every micro-batch, the last,
+       shorter accumulation of an epoch included.
+    3. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`.
+
+    Raises:
+        ConfigError: the model has no mixture of LoRA experts.
+        TrainingError: in `train`, see `check_setup`.
+
+    Example:
+        >>> class MoESFTTrainer(MoETrainerMixin, trl.SFTTrainer): ...
+        >>> MoESFTTrainer(model, train_dataset=rows, peft_config=MoeLoraConfig()).train()
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        router_learning_rate: float | None = None,
+        router_weight_decay: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Pass everything on to the trainer.
+
+        Args:
+            args: the trainer's own.
+            router_learning_rate: peak learning rate of the routers; None: the common one.
+            router_weight_decay: weight decay of the routers; None: the common one.
+            kwargs: the trainer's own.
+        """
+        self._session: Session | None = None
+        self._router_options = (router_learning_rate, router_weight_decay)
+        super().__init__(*args, **kwargs)
+        require_adapter(self.model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """See `transformers.Trainer.train`."""
+        check_setup(self.model, self.args.n_gpu)
+        restore_routers(self.model)
+        self._session = None
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._session is not None:
+                self._session.end()
+                self._session = None
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """See `transformers.Trainer.create_optimizer`; routers in groups of their own if asked."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        learning_rate, weight_decay = self._router_options
+        split_router_params(
+            optimizer, self.model, learning_rate=learning_rate, weight_decay=weight_decay
+        )
+        return optimizer
+
+    def training_step(
+        self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """See `transformers.Trainer.training_step`."""
+        if self._session is None:
+            self._session = Session(model, self.args.device)
+        steps = getattr(
+            self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
+        )
+        self._session.set_scale(self.accelerator.scaler, steps)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """See `transformers.Trainer.log`; all processes call it, as the trainer does."""
+        if self._session is not None and "loss" in logs:
+            logs.update(self._session.metrics())
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,45 @@
+"""A checked recipe -> a trained, saved adapter."""
+
+from typing import Any
+
+from moeadapt.training.base_model import load_base
+from moeadapt.training.data import load_data
+from moeadapt.training.recipe import Recipe
+from moeadapt.training.rewards import get_reward
+
+
+def build_trainer(recipe: Recipe) -> Any:
+    """Load model and data and build the objective's trainer, ready to `train`.
+
+    Raises:
+        AssetError: the model or the data cannot be had.
+        ConfigError: the data's columns do not fit, or the targets do not exist in the model.
+    """
+    goal = recipe.objective
+    extra: dict[str, Any] = {}
+    if goal.data == "prompt":
+        extra["reward_funcs"] = get_reward(recipe.run.reward)
+    train, test = load_data(recipe.run, goal.data)
+    model, tokenizer = load_base(recipe.run, goal)
+    return goal.trainer_class()(
+        model=model,
+        args=recipe.trainer_args,
+        train_dataset=train,
+        eval_dataset=test if recipe.evaluates else None,
+        processing_class=tokenizer,
+        peft_config=recipe.moe,
+        **extra,
+    )
+
+
+def run(recipe: Recipe) -> None:
+    """Train and save into the recipe's `output_dir`.
+
+    Raises:
+        AssetError: see `build_trainer`.
+        ConfigError: see `build_trainer`.
+    """
+    trainer = build_trainer(recipe)
+    trainer.train(resume_from_checkpoint=recipe.resume)
+    trainer.save_model()
+    trainer.save_state()

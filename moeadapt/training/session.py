@@ -1,0 +1,126 @@
+"""What a trainer does to a model with routers, shared by the mixin and the callback."""
+
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, reduce
+from torch import Tensor, nn
+
+from moeadapt.errors import ConfigError, TrainingError
+from moeadapt.routers import Router
+from moeadapt.training.metrics import router_metrics
+from moeadapt.tuner.context import RoutingContext, find_context
+from moeadapt.tuner.inspect import balance_of, pop_router_stats, prepare_stats
+
+SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+"""Here parameters are not whole tensors, and the wrapper keeps its own float32 copy of them."""
+
+
+class Session:
+    """One training run of one model, from the first step to the last."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        """Make the counters, and forget what was counted before."""
+        self.model = model
+        self.context = require_adapter(model)
+        prepare_stats(model, device)
+        pop_router_stats(model)
+
+    def set_scale(self, scaler: Any, accumulation_steps: int) -> None:
+        """Tell the auxiliary losses what the task loss of this micro-batch is multiplied by.
+
+        Args:
+            scaler: a GradScaler, or None; it counts only while enabled.
+            accumulation_steps: micro-batches of this optimizer step.
+        """
+        amp_scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
+        self.context.set_scale(amp_scale / max(accumulation_steps, 1))
+
+    def metrics(self) -> dict[str, float]:
+        """Return `router_metrics` since the last call, over all processes; each must call it."""
+        stats = pop_router_stats(self.model, reduce=_sum_over_processes)
+        return router_metrics(stats, balance_of(self.model))
+
+    def end(self) -> None:
+        """Withdraw the scale, so that another training loop is noticed again."""
+        self.context.set_scale(1.0)
+        self.context.scale_is_set = False
+
+
+def require_adapter(model: nn.Module) -> RoutingContext:
+    """Return the context of `model`, in any wrapper.
+
+    Raises:
+        ConfigError: the model has no mixture of LoRA experts.
+    """
+    context = find_context(model)
+    if context is None:
+        raise ConfigError(
+            f"this {type(model).__name__} has no mixture of LoRA experts to train; give the "
+            "trainer peft_config=MoeLoraConfig(...), or a model from get_peft_model(model, "
+            "MoeLoraConfig(...)) or PeftModel.from_pretrained(..., is_trainable=True)"
+        )
+    return context
+
+
+def check_setup(model: nn.Module, num_gpus: int) -> None:
+    """Refuse setups that would train something else than was asked for.
+
+    Args:
+        model: the model, unwrapped.
+        num_gpus: GPUs of this one process.
+
+    Raises:
+        TrainingError: DataParallel, or fp16 under DeepSpeed.
+    """
+    state = AcceleratorState()
+    if num_gpus > 1 and not getattr(model, "is_loaded_in_8bit", False):
+        raise TrainingError(
+            f"one process sees {num_gpus} GPUs, which makes the trainer use DataParallel, and "
+            "routers cannot be replicated that way; start one process per GPU (torchrun or "
+            "accelerate launch), or set CUDA_VISIBLE_DEVICES to one GPU"
+        )
+    if state.distributed_type == DistributedType.DEEPSPEED and state.mixed_precision == "fp16":
+        raise TrainingError(
+            "fp16 under DeepSpeed multiplies the task loss by a scale that the auxiliary losses of "
+            "the routers cannot read; use bf16"
+        )
+
+
+def restore_routers(model: nn.Module, *, wrapped: bool = False) -> None:
+    """Put router parameters back to float32 if someone cast them through `.data`.
+
+    TRL casts every trainable parameter of a quantised model to bfloat16, where small updates of a
+    router are lost. The parameter objects stay, so an optimizer keeps them. Sharded parameters are
+    left alone.
+
+    Args:
+        model: the model.
+        wrapped: whether DDP may already have sized its buffers for the present dtypes.
+
+    Raises:
+        TrainingError: it is too late to do so.
+    """
+    state = AcceleratorState()
+    if state.distributed_type in SHARDED:
+        return
+    low = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, Router)
+        for parameter in module.parameters()
+        if parameter.dtype in (torch.float16, torch.bfloat16)
+    ]
+    if low and wrapped and state.num_processes > 1:
+        raise TrainingError(
+            f"the routers were cast to {low[0].dtype} and are already inside a distributed "
+            "wrapper; give MoeAdaptCallback() to the trainer's constructor, "
+            "callbacks=[MoeAdaptCallback()], instead of adding it later"
+        )
+    for parameter in low:
+        parameter.data = parameter.data.float()
+
+
+def _sum_over_processes(packed: Tensor) -> Tensor:
+    return reduce(packed, reduction="sum")  # type: ignore[return-value]

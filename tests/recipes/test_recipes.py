@@ -1,0 +1,115 @@
+"""Every shipped recipe parses and builds; mistakes in one are refused with what is valid."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from peft import get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from moeadapt.errors import ConfigError
+from moeadapt.training.objectives import OBJECTIVES
+from moeadapt.training.plan import plan_model
+from moeadapt.training.recipe import parse_recipe
+from moeadapt.tuner import MoeLoraLinear
+from tests.tiny import tiny
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted(p for p in ROOT.glob("configs/*/*.yaml") if p.parent.name in OBJECTIVES)
+CPU = ["--use_cpu", "--bf16", "false"]
+ARCHITECTURE = {"smollm2": "llama", "qwen3": "qwen3", "llama3.2": "llama"}
+
+recipes = pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
+
+
+def parse(path, *flags):
+    return parse_recipe(path.parent.name, str(path), [*CPU, *flags])
+
+
+def test_there_is_a_recipe_for_every_objective():
+    assert {path.parent.name for path in RECIPES} == set(OBJECTIVES)
+
+
+@recipes
+def test_a_recipe_builds_on_a_model_of_its_architecture(path):
+    recipe = parse(path)
+    model = tiny(ARCHITECTURE[path.stem.split("_")[0]])
+    if recipe.moe.task_type == "SEQ_CLS":
+        config = model.config
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config)
+    adapted = get_peft_model(model, recipe.moe)
+    layers = [m for m in adapted.modules() if isinstance(m, MoeLoraLinear)]
+    assert len(layers) == 14
+
+
+@recipes
+def test_a_recipe_says_where_it_writes_and_which_model(path):
+    values = yaml.safe_load(path.read_text())
+    assert values["output_dir"].startswith("outputs/")
+    assert values["model_name_or_path"]
+    assert path.read_text().startswith("# ")
+
+
+def test_flags_win_over_the_file_also_when_nested():
+    recipe = parse(
+        ROOT / "configs/sft/smollm2_mixlora.yaml",
+        *["--learning_rate", "3e-4", "--moe.r=2", "--moe.router.k", "1", "--max-steps", "7"],
+    )
+    assert recipe.trainer_args.learning_rate == 3e-4
+    assert recipe.moe.r == 2
+    assert recipe.moe.router["k"] == 1
+    assert recipe.moe.router["name"] == "top_k"
+    assert recipe.trainer_args.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--learning_rat", "1"], "flags: unknown setting 'learning_rat'; did you mean"),
+        (["--moe.num_expert", "4"], "moe: unknown setting 'num_expert'; did you mean 'num_exp"),
+        (["--moe.router.k", "9"], "k=9 is larger than num_experts=4; choose k in 1..4"),
+        (["--moe.router", "topk"], "unknown router 'topk'.*did you mean 'top_k'"),
+        (["--moe.r", "'8'"], "r='8': input should be a valid integer"),
+        (["--learning_rate", "abc"], "learning-rate: invalid float value: 'abc'"),
+        (["stray"], "unexpected argument 'stray'"),
+    ],
+)
+def test_a_mistake_is_refused_with_what_is_valid(flags, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        parse(ROOT / "configs/sft/smollm2_mixlora.yaml", *flags)
+
+
+def test_an_unknown_objective_lists_the_valid_ones():
+    with pytest.raises(ConfigError, match=r"unknown objective 'stf'.*did you mean 'sft'"):
+        parse_recipe("stf")
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "", "a: [1\n"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"r\.yaml"):
+        parse_recipe("sft", str(path), CPU)
+
+
+def test_a_missing_file_is_refused():
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        parse_recipe("sft", "no/such.yaml", CPU)
+
+
+def test_the_plan_counts_what_training_would_train():
+    recipe = parse(ROOT / "configs/sft/smollm2_mixlora.yaml")
+    plan = plan_model(tiny("llama"), recipe)
+    trained = get_peft_model(tiny("llama"), recipe.moe)
+    assert plan.trainable == sum(p.numel() for p in trained.parameters() if p.requires_grad)
+    assert plan.base == sum(p.numel() for p in tiny("llama").parameters())
+    # k=2 of 4 experts: half of every FFN expert bank is idle; attention LoRA is always on.
+    routed = [
+        m
+        for m in trained.modules()
+        if isinstance(m, MoeLoraLinear) and m.moe_plans["default"].placement == "ffn"
+    ]
+    banks = [m.moe_banks["default"] for m in routed]
+    weights = sum(b.factor(n).weight.numel() for b in banks for n in b.factor_names)
+    assert plan.trainable - plan.active == weights // 2

@@ -1,0 +1,43 @@
+"""Group relative policy optimisation with a mixture of LoRA experts.
+
+    python trainers/grpo.py --config configs/grpo/smollm2_mixlora.yaml
+    accelerate launch --config_file configs/accelerate/ddp.yaml trainers/grpo.py \
+        --config configs/grpo/smollm2_mixlora.yaml --num_generations 8
+
+Every field of the recipe is a flag. Data: prompt, and what the reward reads (here
+`answer`). `reward` names one of `moeadapt.training.rewards.REWARDS`; to use your own, copy this
+file and pass it below.
+"""
+
+import sys
+
+from moeadapt.training import MoEGRPOTrainer
+from moeadapt.training.base_model import load_base
+from moeadapt.training.data import load_data
+from moeadapt.training.recipe import parse_script
+from moeadapt.training.rewards import get_reward
+
+
+def main(argv: list[str]) -> None:
+    """Train and save."""
+    recipe = parse_script("grpo", argv)
+    reward = get_reward(recipe.run.reward)
+
+    train_dataset, _ = load_data(recipe.run, recipe.objective.data)
+    model, tokenizer = load_base(recipe.run, recipe.objective)
+
+    trainer = MoEGRPOTrainer(
+        model=model,
+        reward_funcs=reward,
+        args=recipe.trainer_args,
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
+        peft_config=recipe.moe,
+    )
+    trainer.train(resume_from_checkpoint=recipe.resume)
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
