@@ -78,37 +78,35 @@ class RouterStats:
 
 def packed_size(num_experts: int, num_losses: int) -> int:
     """Length of the vector that `pack` returns."""
-    return 4 + 2 * num_experts + num_losses
+    return 3 + 2 * num_experts + num_losses
 
 
 def pack(routing: Routing, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, " S"]:
-    """Sums over real tokens as one float32 vector: adding vectors of many forwards stays exact."""
+    """Sums over real tokens as one float32 vector: adding vectors of many forwards stays exact.
+
+    In this order: forwards, losses, tokens, entropy, uses of each expert, probability of each.
+    """
     with torch.no_grad():
-        tokens = token_count(routing)
-        used = (routing.weights != 0).to(routing.probs.dtype)
-        head = [
-            torch.ones_like(tokens),
-            tokens,
-            token_sum(entropy(routing), routing),
-            token_sum(used.sum(-1), routing),
-        ]
-        parts = [torch.stack(head), token_sum(used, routing), token_sum(routing.probs, routing)]
-        if losses:
-            parts.append(torch.stack([loss.detach().to(tokens.dtype) for loss in losses]))
-        return torch.cat(parts).float()
+        probs = routing.probs
+        used = (routing.weights != 0).to(probs.dtype)
+        each = [probs.new_ones(probs.shape[0], 1), entropy(routing).unsqueeze(-1), used, probs]
+        once = [probs.new_ones(()), *(loss.detach().to(probs.dtype) for loss in losses)]
+        sums = token_sum(torch.cat(each, -1), routing)
+        return torch.cat([torch.stack(once), sums]).float()
 
 
 def unpack(packed: Float[Tensor, " S"], num_losses: int) -> RouterStats:
     """Turn a sum of `pack` vectors into averages; the one place that reads from the device."""
     values = packed.detach().double().cpu()
-    num_experts = (len(values) - 4 - num_losses) // 2
-    forwards, tokens = max(float(values[0]), 1.0), max(float(values[1]), 1.0)
-    used, probs = values[4 : 4 + num_experts], values[4 + num_experts : 4 + 2 * num_experts]
+    num_experts = (len(values) - packed_size(0, num_losses)) // 2
+    sizes = [1, num_losses, 1, 1, num_experts, num_experts]
+    forwards, losses, tokens, nats, used, probs = values.split(sizes)
+    count = tokens.clamp(min=1)
     return RouterStats(
-        tokens=float(values[1]),
+        tokens=float(tokens),
         load=used / used.sum().clamp(min=1),
-        importance=probs / tokens,
-        entropy=float(values[2]) / tokens,
-        active=float(values[3]) / tokens,
-        losses=tuple(float(v) / forwards for v in values[4 + 2 * num_experts :]),
+        importance=probs / count,
+        entropy=float(nats / count),
+        active=float(used.sum() / count),
+        losses=tuple((losses / forwards.clamp(min=1)).tolist()),
     )

@@ -54,7 +54,9 @@ def test_an_expert_that_is_not_chosen_may_overflow_in_float16(expert):
     y = mix(x, weights, bank, torch.zeros(T, OUT, dtype=torch.float16))
     assert torch.isfinite(y).all()
     one = bank.apply_one(x, 0)
-    assert_close(y, one, rtol=0, atol=4 * torch.finfo(x.dtype).eps * float(one.detach().abs().max()))
+    assert_close(
+        y, one, rtol=0, atol=4 * torch.finfo(x.dtype).eps * float(one.detach().abs().max())
+    )
     grads = torch.autograd.grad(y.square().sum(), [x, *factors_of(bank)])
     assert all(torch.isfinite(g).all() for g in grads)
 

@@ -128,8 +128,9 @@ def train_arm(
         callbacks=[_Report(on_step)],
     )
     trainer.train()
-    trainer.model.save_pretrained(out / arm.folder)
-    return trainer.model
+    model: Any = trainer.model
+    model.save_pretrained(out / arm.folder)
+    return model
 
 
 def load_base(path: str) -> PreTrainedModel:
@@ -151,7 +152,7 @@ def seconds_of_two_steps(
 
 
 def batch_of(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], device: torch.device
+    tokenizer: Any, rows: list[dict[str, str]], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Tokenise rows into one right-padded batch with labels on the answers."""
     prompts = [tokenizer(row["prompt"] + "\n").input_ids for row in rows]

@@ -1,6 +1,7 @@
 """Runs the demo: train, compare, save, load in a new process, generate."""
 
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import transformers
 from rich.console import Console
@@ -28,7 +30,7 @@ from moeadapt.demo.arms import (
 )
 from moeadapt.demo.heldout import Mean, answer_nll, by_domain, verdict
 from moeadapt.demo.reload import PROBE
-from moeadapt.embedded import TASKS, load_task, resolve_model
+from moeadapt.embedded import TASKS, load_task, mix, resolve_model
 from moeadapt.errors import MoeAdaptError
 
 BASE = "embedded:smollm2-135m"
@@ -56,6 +58,8 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     console = Console(quiet=as_json)
     folder = Path(out)
     base_path = resolve_model(BASE, progress=not as_json)
@@ -95,10 +99,9 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
 
 
 def _rows(train: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    per_task = train // len(TASKS)
-    loaded = [load_task(name, train=per_task, test=TEST_ROWS) for name in TASKS]
-    mixed = [row for turn in zip(*(data.train for data in loaded), strict=True) for row in turn]
-    return mixed, [row for data in loaded for row in data.test]
+    held_out = [load_task(name, train=0, test=TEST_ROWS).test for name in TASKS]
+    test = [row for rows_of_task in held_out for row in rows_of_task]
+    return mix(TASKS, train=train // len(TASKS)), test
 
 
 def _affordable_steps(base_path: str, tokenizer: Any, rows: list[dict[str, str]]) -> int:

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
-from moeadapt.embedded import load_task
+from moeadapt.embedded import load_task, mix
 from moeadapt.errors import AssetError, ConfigError
 from moeadapt.training.objectives import DataKind
 from moeadapt.training.recipe import RunArguments
@@ -60,7 +60,7 @@ def _loaded(run: RunArguments) -> tuple[Dataset, Dataset | None]:
                     f"{sorted(_FILE_READERS)} or a hub id"
                 )
             splits = load_dataset(_FILE_READERS[path.suffix], data_files=str(path))
-            names = ("train", None)
+            names = ("train", "")
         else:
             splits = load_dataset(run.dataset_name, run.dataset_config)
             names = (run.dataset_train_split, run.dataset_test_split)
@@ -81,10 +81,9 @@ def _loaded(run: RunArguments) -> tuple[Dataset, Dataset | None]:
 def _embedded(run: RunArguments, kind: DataKind) -> tuple[Dataset, Dataset]:
     tasks = run.dataset_name.removeprefix(EMBEDDED).split("+")
     rows = run.dataset_size // len(tasks) if run.dataset_size else _DEFAULT_ROWS_PER_TASK
-    loaded = [load_task(name, train=rows, test=_TEST_ROWS_PER_TASK) for name in tasks]
-    # One row of each task in turn, so that every batch sees every task.
-    train = [row for turn in zip(*(data.train for data in loaded), strict=True) for row in turn]
-    test = [row for data in loaded for row in data.test]
+    train = mix(tasks, train=rows)
+    held_out = [load_task(name, train=0, test=_TEST_ROWS_PER_TASK).test for name in tasks]
+    test = [row for rows_of_task in held_out for row in rows_of_task]
     return (
         Dataset.from_list(_shape(train, kind)),
         Dataset.from_list(_shape(test, kind)),

@@ -208,7 +208,8 @@ def _parse_flat(
     config_class: type, values: Mapping[str, Any], where: str
 ) -> tuple[RunArguments, Any]:
     """Let argparse convert and check every value as if it had been typed as a flag."""
-    parser = _Parser([RunArguments, config_class], allow_abbrev=False)
+    dataclass_types: Any = [RunArguments, config_class]
+    parser = _Parser(dataclass_types, allow_abbrev=False)
     parser.where = where
     # A null in the file means "no value", which no flag can say.
     parser.set_defaults(**{key: None for key, value in values.items() if value is None})

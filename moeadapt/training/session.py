@@ -25,7 +25,6 @@ class Session:
         self.model = model
         self.context = require_adapter(model)
         prepare_stats(model, device)
-        pop_router_stats(model)
 
     def set_scale(self, scaler: Any, accumulation_steps: int) -> None:
         """Tell the auxiliary losses what the task loss of this micro-batch is multiplied by.
@@ -97,7 +96,8 @@ def restore_routers(model: nn.Module, *, wrapped: bool = False) -> None:
 
     Args:
         model: the model.
-        wrapped: whether DDP may already have sized its buffers for the present dtypes.
+        wrapped: whether DDP may already be around it; a new dtype gives the parameter a new
+            gradient accumulator without DDP's hook, and the processes would drift apart.
 
     Raises:
         TrainingError: it is too late to do so.

@@ -56,7 +56,7 @@ class Block:
                 continue
             router = owner.moe_heads[adapter].router
             weights = owner.moe_heads[adapter](hidden)
-            if self.plan.whole_ffn:
+            if owner.moe_plans[adapter].placement == "ffn":
                 self._slots[adapter] = Slots.of(
                     weights, router.max_active, sums_to_one=router.sums_to_one
                 )

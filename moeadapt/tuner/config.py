@@ -149,6 +149,12 @@ class MoeLoraConfig(PeftConfig):
                 f"MoeLoraConfig: target_parameters={self.target_parameters!r} is not supported; "
                 "target the linear layers of a dense base with target_modules"
             )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ConfigError(
+                f"MoeLoraConfig: layers_to_transform={self.layers_to_transform!r} would be ignored "
+                f"with target_modules={self.target_modules!r}; give target_modules as a list of "
+                "names, or name the layers in a regex"
+            )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("MoeLoraConfig: layers_pattern needs layers_to_transform")
 

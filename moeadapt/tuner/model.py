@@ -22,7 +22,12 @@ from moeadapt.errors import UnsupportedError
 from moeadapt.experts import BankSize
 from moeadapt.tuner.block import Block, install_blocks
 from moeadapt.tuner.config import MoeLoraConfig
-from moeadapt.tuner.context import attach_context, detach_context, remove_hooks
+from moeadapt.tuner.context import (
+    attach_context,
+    detach_context,
+    find_context,
+    remove_hooks,
+)
 from moeadapt.tuner.layer import MERGE_MENU, PREFIX, MoeLoraLinear
 from moeadapt.tuner.plan import TargetPlan, in_out_features, plan_targets
 
@@ -47,15 +52,26 @@ class MoeLoraModel(BaseTuner):
         Raises:
             ConfigError: see `plan_targets`.
         """
-        config = self.peft_config[adapter_name]
-        keys = self._target_keys(model, config, state_dict)
-        quantization = get_quantization_kwargs(model)
-        self._plans = plan_targets(model, config, keys, quantization)
-        context = attach_context(model)
-        super().inject_adapter(
-            model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-        )
+        fresh = find_context(model) is None
+        try:
+            self._plan(model, self.peft_config[adapter_name], state_dict)
+            context = attach_context(model)
+            super().inject_adapter(
+                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+            )
+        except Exception:
+            # Injected natively, this mapping is the model's own and outlives the refusal.
+            self.peft_config.pop(adapter_name, None)
+            if fresh:
+                detach_context(model)
+            raise
         install_blocks(model, context)
+
+    def _plan(
+        self, model: nn.Module, config: MoeLoraConfig, state_dict: dict[str, Tensor] | None
+    ) -> None:
+        keys = self._target_keys(model, config, state_dict)
+        self._plans = plan_targets(model, config, keys, get_quantization_kwargs(model))
 
     def _target_keys(
         self, model: nn.Module, config: MoeLoraConfig, state_dict: dict[str, Tensor] | None

@@ -18,20 +18,18 @@ Placement = Literal["linear", "ffn", "unrouted"]
 
 @dataclass(frozen=True, kw_only=True)
 class BlockPlan:
-    """One block that shares a routing.
+    """One block that shares a routing; adapters of either placement agree on it.
 
     Attributes:
         path: the module that contains its linears.
         entry: the module whose input is routed: the block itself, or its first linear where the
             linears sit directly in a decoder layer (OPT).
         dim: width of the routed input.
-        whole_ffn: whether experts span the block.
     """
 
     path: str
     entry: str
     dim: int
-    whole_ffn: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,6 @@ def _plan_parent(
         path=path,
         entry=path if _holds_only(parent) else linears[0],
         dim=in_out_features(model.get_submodule(linears[0]))[0],
-        whole_ffn=whole_ffn,
     )
     placement: Placement = "ffn" if whole_ffn else "linear"
     return [TargetPlan(key=key, placement=placement, block=block) for key in keys]
@@ -137,8 +134,13 @@ def _unused() -> None:
 
 
 def _check_whole(path: str, linears: list[str], keys: list[str]) -> None:
+    if len(linears) == 1:
+        raise ConfigError(
+            f"placement='ffn': {linears[0]!r} stands alone in {path!r}, which is no FFN with an "
+            "input and an output projection. Add it to exclude_modules, or use placement='linear'."
+        )
     missing = [key for key in linears if key not in keys]
-    if missing or len(linears) < 2:  # noqa: PLR2004 - an input and an output projection
+    if missing:
         raise ConfigError(
             f"placement='ffn' needs every linear of the FFN {path!r}, which has {_some(linears)}; "
             f"not targeted: {_some(missing)}. Add them to target_modules, or use "

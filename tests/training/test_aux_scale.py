@@ -24,7 +24,13 @@ from tests.training.kit import (
 )
 from tests.toy import WORDS, toy_preferences, toy_text
 
-SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0, "max_steps": -1}
+SGD = {
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "max_grad_norm": 0.0,
+    "max_steps": -1,
+    "num_train_epochs": 1,
+}
 
 
 class Explicit:
@@ -64,9 +70,9 @@ def explicit_gradients(name: str, folder: Path, **args: Any) -> GradientProbe:
         return weights
 
     probe = GradientProbe()
-    trainer = make_trainer(
-        name, folder, cls=EXPLICIT[name], callbacks=[probe], **{**args, "gradient_checkpointing": False}
-    )
+    args["gradient_checkpointing"] = False
+    trainer = make_trainer(name, folder, cls=EXPLICIT[name], callbacks=[probe], **args)
+    find_context(trainer.model).set_scale(1.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(aux_loss, "attach", collect)
         trainer.train()

@@ -13,7 +13,9 @@ from moeadapt import MoeAdaptCallback
 from moeadapt.balance import parse_balance
 from moeadapt.stats import RouterStats
 from moeadapt.training.metrics import router_metrics
+from tests.tiny import batch, labels_of
 from tests.training.kit import make_trainer
+from tests.toy import toy_text
 
 
 def stats(load: list[float], **fields: Any) -> RouterStats:
@@ -118,9 +120,22 @@ def test_a_window_covers_all_its_steps_and_the_next_starts_afresh(tmp_path: Path
     assert two == pytest.approx([(one[0] + one[1]) / 2, (one[2] + one[3]) / 2])
 
 
-def test_evaluation_is_not_counted(tmp_path: Path) -> None:
-    from tests.toy import toy_text
+@pytest.mark.parametrize("stock", [False, True])
+def test_what_happened_before_training_is_not_counted(stock: bool, tmp_path: Path) -> None:
+    callbacks = [MoeAdaptCallback()] if stock else []
+    found = []
+    for before in (False, True):
+        trainer = make_trainer("SFT", tmp_path, stock=stock, callbacks=callbacks, max_steps=1)
+        if before:
+            inputs = batch()
+            trainer.model.train()
+            trainer.model(**inputs, labels=labels_of(inputs)).loss.backward()
+        trainer.train()
+        found.append(trainer.state.log_history[0]["moe/z_loss"])
+    assert found[0] == found[1]
 
+
+def test_evaluation_is_not_counted(tmp_path: Path) -> None:
     args: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2}
     plain = make_trainer("SFT", tmp_path, logging_steps=2)
     plain.train()
@@ -133,7 +148,8 @@ def test_evaluation_is_not_counted(tmp_path: Path) -> None:
     ]
     assert logs[0] == logs[1]
     assert any("eval_loss" in log for log in evaluated.state.log_history)
-    assert not any("moe/aux_loss" in log for log in evaluated.state.log_history if "eval_loss" in log)
+    rest = [log for log in evaluated.state.log_history if "loss" not in log]
+    assert not any(key.startswith("moe/") for log in rest for key in log)
 
 
 def test_mixin_and_callback_together_log_once(tmp_path: Path) -> None:

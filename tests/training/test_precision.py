@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 from moeadapt import MoeAdaptCallback
-from tests.tiny import adapted
+from moeadapt.routers import Router
+from tests.tiny import adapted, saved_base
 from tests.training.kit import GradientProbe, make_trainer, moe, routers_of
 from tests.toy import toy_text
 
@@ -37,6 +38,13 @@ def cast_trainable(model: nn.Module) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
+@pytest.fixture
+def unmoved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody move the model: `Router._apply` would already undo the cast."""
+    monkeypatch.setattr(Router, "_apply", nn.Module._apply)
+
+
+@pytest.mark.usefixtures("unmoved")
 @pytest.mark.parametrize("stock", [False, True])
 @pytest.mark.parametrize("late", [False, True])
 def test_routers_cast_through_data_train_in_float32(
@@ -52,19 +60,18 @@ def test_routers_cast_through_data_train_in_float32(
     )
     if late:
         cast_trainable(model)
+    elif stock:
+        assert {p.dtype for p in routers_of(model).values()} == {torch.float32}
     before = {n: p.detach().clone() for n, p in routers_of(model).items()}
     trainer.train()
     assert types.seen == {torch.float32}
     assert all(not torch.equal(p.detach(), before[n]) for n, p in routers_of(model).items())
 
 
+@pytest.mark.usefixtures("unmoved")
 @pytest.mark.parametrize("stock", [False, True])
 def test_routers_of_a_4_bit_model_train_in_float32(stock: bool, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from tests.tiny import saved_base
-
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
