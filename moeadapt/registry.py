@@ -29,7 +29,7 @@ class Registry(Mapping[str, type[C]], Generic[C]):
         self.kind = kind
         self._entries = dict(entries)
 
-    def __getitem__(self, name: object) -> type[C]:
+    def __getitem__(self, name: str) -> type[C]:
         """Return the config class.
 
         Raises:
@@ -83,8 +83,9 @@ class Registry(Mapping[str, type[C]], Generic[C]):
             1
         """
         if isinstance(spec, ComponentConfig):
-            self.name_of(spec)
-            return spec
+            known: Any = spec
+            self.name_of(known)
+            return known
         if isinstance(spec, str):
             spec = {"name": spec}
         if not isinstance(spec, Mapping):
@@ -92,7 +93,7 @@ class Registry(Mapping[str, type[C]], Generic[C]):
                 f"{self.kind} must be a name or a mapping with a 'name', not {type(spec).__name__}"
             )
         fields = dict(spec)
-        name = fields.pop("name", None)
+        name: Any = fields.pop("name", None)
         cls = self[name]
         try:
             return cls.model_validate(fields)

@@ -3,6 +3,7 @@
 Letters: T tokens, E experts, K slots of a token.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ def _flatten(routing: Routing) -> tuple[list[Tensor | None], int]:
     return tensors, routing.max_active
 
 
-def _unflatten(tensors: list[Any], max_active: int) -> Routing:
+def _unflatten(tensors: Iterable[Any], max_active: Any) -> Routing:
     logits, probs, weights, mask = tensors
     return Routing(
         logits=logits, probs=probs, weights=weights, max_active=max_active, token_mask=mask

@@ -75,9 +75,7 @@ def toy_labelled(count: int = 32, seed: int = 0) -> Dataset:
     """Return rows of a prompt, an answer, and whether it is good."""
     texts = sentences(2 * count, seed)
     good = [i % 2 == 0 for i in range(count)]
-    return Dataset.from_dict(
-        {"prompt": texts[:count], "completion": texts[count:], "label": good}
-    )
+    return Dataset.from_dict({"prompt": texts[:count], "completion": texts[count:], "label": good})
 
 
 def toy_prompts(count: int = 32, seed: int = 0) -> Dataset:

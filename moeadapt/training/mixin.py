@@ -1,6 +1,6 @@
 """`MoETrainerMixin`: in front of any trainer that derives from `transformers.Trainer`."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -8,8 +8,13 @@ from torch import nn
 from moeadapt.training.param_groups import split_router_params
 from moeadapt.training.session import Session, check_setup, require_adapter, restore_routers
 
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the real base class comes second: class X(MoETrainerMixin, SFTTrainer)
 
-class MoETrainerMixin:
+
+class MoETrainerMixin(_Trainer):
     """Gives the routers what they need from a trainer; the losses stay the trainer's own.
 
     1. `train`: routers are float32 again before the optimizer and any wrapper are made.
@@ -25,6 +30,8 @@ class MoETrainerMixin:
         >>> class MoESFTTrainer(MoETrainerMixin, trl.SFTTrainer): ...
         >>> MoESFTTrainer(model, train_dataset=rows, peft_config=MoeLoraConfig()).train()
     """
+
+    model: Any
 
     def __init__(
         self,

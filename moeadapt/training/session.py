@@ -25,6 +25,7 @@ class Session:
         self.model = model
         self.context = require_adapter(model)
         prepare_stats(model, device)
+        pop_router_stats(model)
 
     def set_scale(self, scaler: Any, accumulation_steps: int) -> None:
         """Tell the auxiliary losses what the task loss of this micro-batch is multiplied by.

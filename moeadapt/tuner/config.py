@@ -160,11 +160,11 @@ class MoeLoraConfig(PeftConfig):
 
 
 @cache
-def _field_types() -> dict[str, TypeAdapter]:
+def _field_types() -> dict[str, Any]:  # beartype does not know TypeAdapter
     strict = ConfigDict(allow_inf_nan=False)
     inherited = {f.name for f in fields(PeftConfig)}
-    own = [f for f in fields(MoeLoraConfig) if f.name not in inherited]
-    return {f.name: TypeAdapter(f.type, config=strict) for f in own}
+    types: dict[str, Any] = {f.name: f.type for f in fields(MoeLoraConfig)}
+    return {k: TypeAdapter(t, config=strict) for k, t in types.items() if k not in inherited}
 
 
 def _as_set(names: Names | None) -> set[str] | str | None:

@@ -83,7 +83,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_router(self, adapter: str, config: MoeLoraConfig, name: str, dim: int) -> None:
-        routers: nn.ModuleDict = self.moeadapt_router
+        routers = self._routers()
         routers[adapter] = config.router_config.build(dim, config.num_experts)
         head = RouterHead(name, routers, adapter, config.balance_configs, self._context)
         self.moe_heads[adapter] = head
@@ -175,9 +175,12 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self._refreeze()
 
     def _refreeze(self) -> None:
-        for router in self.moeadapt_router.values():
+        for router in self._routers().values():
             if router.frozen:
                 router.requires_grad_(False)
+
+    def _routers(self) -> nn.ModuleDict:
+        return getattr(self, PREFIX + "router")
 
     def delete_adapter(self, adapter_name: str) -> None:
         """See `BaseTunerLayer.delete_adapter`; the block and the context forget it too."""

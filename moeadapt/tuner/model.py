@@ -54,7 +54,8 @@ class MoeLoraModel(BaseTuner):
         """
         fresh = find_context(model) is None
         try:
-            self._plan(model, self.peft_config[adapter_name], state_dict)
+            config: Any = self.peft_config[adapter_name]
+            self._plan(model, config, state_dict)
             context = attach_context(model)
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
@@ -86,9 +87,9 @@ class MoeLoraModel(BaseTuner):
             wanted = {key.rsplit("." + PREFIX, 1)[0] for key in state_dict}
             return [name for name in names if name in wanted]
         # Both helpers write into the config; PEFT calls them again on the real one.
-        config = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))
-        config = _maybe_include_all_linear_layers(config, model)
-        return [name for name in names if self._check_target_module_exists(config, name)]
+        own = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))
+        own = _maybe_include_all_linear_layers(own, model)
+        return [name for name in names if self._check_target_module_exists(own, name)]
 
     def _create_and_replace(
         self,
@@ -127,16 +128,16 @@ class MoeLoraModel(BaseTuner):
         raise UnsupportedError(f"cannot merge: {MERGE_MENU}")
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        model = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         remove_hooks(model, Block)
         detach_context(model)
         return model
 
 
 def _bank_size(config: MoeLoraConfig, plan: TargetPlan, target: nn.Module) -> BankSize:
-    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, plan.key), config.r)
+    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), plan.key), config.r)
     alpha = config.alpha_pattern.get(
-        get_pattern_key(config.alpha_pattern, plan.key), config.lora_alpha
+        get_pattern_key(list(config.alpha_pattern), plan.key), config.lora_alpha
     )
     in_features, out_features = in_out_features(target)
     routed = plan.placement != "unrouted"

@@ -24,8 +24,7 @@ def extend_peft_type() -> PeftType:
     member = str.__new__(PeftType, METHOD)
     member._name_ = METHOD
     member._value_ = METHOD
-    member.__objclass__ = PeftType
-    member._sort_order_ = len(PeftType)
+    vars(member).update(__objclass__=PeftType, _sort_order_=len(PeftType))
     PeftType._member_names_.append(METHOD)
     PeftType._member_map_[METHOD] = member
     PeftType._value2member_map_[METHOD] = member

@@ -34,9 +34,7 @@ def save_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
         model = adapt(base, moe_config(kind), seed=1)
         adapter_dir = str(folder / f"{name}-{kind}-adapter")
         model.save_pretrained(adapter_dir)
-        return Saved(
-            name, kind, base_dir, adapter_dir, inputs, base_logits, logits(model, inputs)
-        )
+        return Saved(name, kind, base_dir, adapter_dir, inputs, base_logits, logits(model, inputs))
 
     return save
 

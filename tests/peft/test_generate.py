@@ -1,4 +1,4 @@
-"""Generation with a KV cache and left padding against the full forward, for every model and kind."""
+"""Generation with a KV cache and left padding against the full forward, for every model."""
 
 from typing import Any
 

@@ -28,7 +28,7 @@ ROUTING: dict[str, tuple[Any, ref.Weigh]] = {
 
 
 def _layers(model: PeftModel, names: list[str]) -> list[MoeLoraLinear]:
-    """Find the named linears of the second layer: its input depends on the first layer's adapter."""
+    """Find the named linears of layer 2: its input depends on the first layer's adapter."""
     found = {n: m for n, m in model.named_modules() if isinstance(m, MoeLoraLinear) and ".1." in n}
     return [next(m for n, m in found.items() if n.endswith(name)) for name in names]
 
@@ -117,9 +117,7 @@ def test_ffn_experts_are_mixlora_token_by_token(name: str, n_shared: int, routin
     ffn = make(ref.ACTIVATIONS[name], *experts)
     gate = None if routing == "uniform" else layers[0].moeadapt_router["default"]
     expected = ref.ffn_mixture(ffn, gate, 4, x, weigh)
-    _assert_same(
-        found, expected, [x, *_factors(layers), *([] if gate is None else [gate.weight])]
-    )
+    _assert_same(found, expected, [x, *_factors(layers), *([] if gate is None else [gate.weight])])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])

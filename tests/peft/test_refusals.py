@@ -1,4 +1,4 @@
-"""What a routed mixture cannot do, or PEFT cannot do from outside, is refused and changes nothing."""
+"""What a routed mixture, or PEFT from outside, cannot do is refused and changes nothing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -61,9 +61,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "fields", "message"), list(REFUSED.values()), ids=list(REFUSED)
-)
+@pytest.mark.parametrize(("name", "fields", "message"), list(REFUSED.values()), ids=list(REFUSED))
 def test_a_refused_target_leaves_the_base_untouched(
     name: str, fields: dict[str, Any], message: str
 ) -> None:

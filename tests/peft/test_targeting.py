@@ -63,9 +63,7 @@ def test_without_target_modules_an_architecture_has_loras_defaults(name: str) ->
 def test_layers_left_out_stay_bitwise_the_base(kind: str) -> None:
     names = ["q_proj", "gate_proj", "up_proj", "down_proj"]
     model = adapted("llama", kind, target_modules=names, layers_to_transform=[1])
-    hidden = [
-        m(**batch(), output_hidden_states=True).hidden_states for m in (model, tiny("llama"))
-    ]
+    hidden = [m(**batch(), output_hidden_states=True).hidden_states for m in (model, tiny("llama"))]
     assert torch.equal(hidden[0][1], hidden[1][1])
     assert not torch.equal(hidden[0][2], hidden[1][2])
 

@@ -150,6 +150,8 @@ def assert_same_gradients(mine: GradientProbe, theirs: GradientProbe, **toleranc
         assert left.keys() == right.keys()
         for name in left:
             torch.testing.assert_close(
-                left[name], right[name], msg=lambda m, n=name, s=step: f"step {s} {n}: {m}",
+                left[name],
+                right[name],
+                msg=lambda m, n=name, s=step: f"step {s} {n}: {m}",
                 **tolerance,
             )

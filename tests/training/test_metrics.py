@@ -14,8 +14,8 @@ from moeadapt.balance import parse_balance
 from moeadapt.stats import RouterStats
 from moeadapt.training.metrics import router_metrics
 from tests.tiny import batch, labels_of
-from tests.training.kit import make_trainer
 from tests.toy import toy_text
+from tests.training.kit import make_trainer
 
 
 def stats(load: list[float], **fields: Any) -> RouterStats:

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 from moeadapt import MoeAdaptCallback
 from moeadapt.routers import Router
 from tests.tiny import adapted, saved_base
-from tests.training.kit import GradientProbe, make_trainer, moe, routers_of
 from tests.toy import toy_text
+from tests.training.kit import GradientProbe, make_trainer, moe, routers_of
 
 requires_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -124,6 +124,8 @@ def test_half_precision_on_cuda_gives_nearly_the_router_gradients_of_float32(
         args = {"use_cpu": False, "max_grad_norm": 1e9, "gradient_accumulation_steps": 2}
         args |= {"max_steps": 1, "rows": toy_text(8), precision: half}
         trainer = make_trainer("SFT", tmp_path, stock=stock, callbacks=callbacks, **args)
+        if trainer.accelerator.scaler is not None:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**8)
         trainer.train()
         runs.append({n: g for n, g in probe.steps[0].items() if "moeadapt_router" in n})
     for name, gradient in runs[0].items():

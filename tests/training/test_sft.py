@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from moeadapt import MoeAdaptCallback, collect_routing
-from tests.training.kit import make_trainer, parameters
 from tests.toy import toy_chat, toy_text
+from tests.training.kit import make_trainer, parameters
 
 
 def finite_logs(trainer: Any) -> list[dict[str, float]]:
@@ -24,7 +24,11 @@ def finite_logs(trainer: Any) -> list[dict[str, float]]:
 @pytest.mark.filterwarnings("ignore:.*(packing|[Pp]adding-free).*")
 @pytest.mark.parametrize("packing", [False, True])
 def test_rows_without_padding_train(packing: bool, tmp_path: Path) -> None:
-    args = {"packing": True, "max_length": 24} if packing else {"padding_free": True, "max_length": None}
+    args = (
+        {"packing": True, "max_length": 24}
+        if packing
+        else {"padding_free": True, "max_length": None}
+    )
     logs = finite_logs(make_trainer("SFT", tmp_path, rows=toy_text(40), **args))
     assert all(log["moe/active_experts"] == 2 for log in logs)
 
