@@ -23,8 +23,8 @@ demo: install
 	$(BIN)/moeadapt demo
 
 test: install lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-	$(BIN)/python -m pytest -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu"
 
 lint: install
 	$(BIN)/ruff check .

@@ -35,12 +35,15 @@ class Registry(Mapping[str, type[C]], Generic[C]):
         Raises:
             ConfigError: `name` is not registered; the message lists what is.
         """
-        if name not in self:
-            raise ConfigError(
-                f"unknown {self.kind} {name!r}; one of {sorted(self._entries)}"
-                f"{did_you_mean(name, self._entries)}"
-            )
-        return self._entries[name]
+        return self._find(name)
+
+    def _find(self, name: object) -> type[C]:
+        if isinstance(name, str) and name in self._entries:
+            return self._entries[name]
+        raise ConfigError(
+            f"unknown {self.kind} {name!r}; one of {sorted(self._entries)}"
+            f"{did_you_mean(name, self._entries)}"
+        )
 
     def __iter__(self) -> Iterator[str]:
         """Iterate over the registered names."""
@@ -93,8 +96,8 @@ class Registry(Mapping[str, type[C]], Generic[C]):
                 f"{self.kind} must be a name or a mapping with a 'name', not {type(spec).__name__}"
             )
         fields = dict(spec)
-        name: Any = fields.pop("name", None)
-        cls = self[name]
+        name = fields.pop("name", None)
+        cls = self._find(name)
         try:
             return cls.model_validate(fields)
         except ValidationError as error:

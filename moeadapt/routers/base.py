@@ -5,6 +5,7 @@ Letters: T tokens, D width of the hidden states, E experts.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -56,16 +57,17 @@ class Router(nn.Module, ABC):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Follow the model to its device, but never below float32."""
-
-        def keep_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if moved.dtype not in (torch.float16, torch.bfloat16):
-                return moved
-            source = moved if tensor.is_meta else tensor
-            return source.to(device=moved.device, dtype=torch.float32)
-
-        super()._apply(keep_precision, recurse)
+        super()._apply(partial(_keep_precision, fn), recurse)
         return self
+
+
+def _keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Apply a cast or a move, without a cast below float32."""
+    moved = fn(tensor)
+    if moved.dtype not in (torch.float16, torch.bfloat16):
+        return moved
+    source = moved if tensor.is_meta else tensor
+    return source.to(device=moved.device, dtype=torch.float32)
 
 
 class RouterConfig(ComponentConfig, ABC):

@@ -1,5 +1,6 @@
 """Fixtures of the PEFT matrix."""
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 
@@ -27,14 +28,13 @@ def save_case(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], 
 
     @cache
     def save(name: str, kind: str) -> Saved:
-        base_dir = saved_base(name, folder)
-        base = AutoModelForCausalLM.from_pretrained(base_dir).eval()
+        base = AutoModelForCausalLM.from_pretrained(saved_base(name, folder)).eval()
         inputs = batch()
         base_logits = logits(base, inputs)
-        model = adapt(base, moe_config(kind), seed=1)
+        model = adapt(copy.deepcopy(base), moe_config(kind), seed=1)
         adapter_dir = str(folder / f"{name}-{kind}-adapter")
         model.save_pretrained(adapter_dir)
-        return Saved(name, kind, base_dir, adapter_dir, inputs, base_logits, logits(model, inputs))
+        return Saved(name, kind, base, adapter_dir, inputs, base_logits, logits(model, inputs))
 
     return save
 

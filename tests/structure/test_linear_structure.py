@@ -185,6 +185,8 @@ def test_a_router_with_one_loss_and_its_counters_takes_few_kernels(num_experts, 
         head(x)
     assert len(training) <= forward, names(training)
     assert len(inference) <= alone, names(inference)
+    pairs = T * num_experts * num_experts
+    assert any(kernel.size == pairs for kernel in training) == (num_experts <= 16)
     assert not SYNCHRONISING & set(names(training))
 
 
