@@ -60,12 +60,12 @@ def attach(
             and without a synchronisation.
 
     Example:
-        >>> w = torch.tensor([[0.2, 0.8]], requires_grad=True)
+        >>> w = torch.tensor([[0.25, 0.75]], requires_grad=True)
         >>> sink = torch.zeros(1, requires_grad=True)
         >>> one = torch.ones(())
         >>> out = attach(w, w.square().sum(), scale=one, stats=torch.ones(1), sink=sink)
         >>> out.sum().backward()
         >>> w.grad.tolist(), sink.grad.tolist()  # 1 + 2w, counted once
-        ([[1.4, 2.6]], [1.0])
+        ([[1.5, 2.5]], [1.0])
     """
     return _Attach.apply(weights, loss, scale, stats.detach(), sink)

@@ -432,3 +432,33 @@ def test_a_loss_that_a_trainer_makes_itself_is_regularised_too():
     found, bare = gradients_of(model), gradients_of(plain)
     routers = [name for name in found if "moeadapt_router" in name]
     assert all((found[name] - bare[name]).abs().max() > 1e-3 for name in routers)
+
+
+@pytest.mark.parametrize("checkpointing", ["non_reentrant", "reentrant"])
+def test_two_forwards_of_other_masks_before_one_backward_are_refused_under_checkpointing(
+    checkpointing: str,
+) -> None:
+    model = trained("block", checkpointing)
+    moeadapt.set_aux_loss_scale(model, 1.0)
+    one = batch()
+    other = {**one, "attention_mask": torch.ones_like(one["input_ids"])}
+    assert not torch.equal(one["attention_mask"], other["attention_mask"])
+    together = task_loss(model, one) + task_loss(model, other)
+    with pytest.raises(TrainingError, match="different padding masks wait for one backward"):
+        together.backward()
+    for inputs in (one, other):  # one after the other is what the message asks for
+        task_loss(model, inputs).backward()
+
+
+@checkpointings
+def test_two_forwards_of_other_lengths_before_one_backward_are_told_apart(checkpointing: str):
+    long = batch()
+    short = {name: tensor[:, 2:] for name, tensor in long.items()}
+    gradients = []
+    for mode in ("off", checkpointing):
+        model = trained("block", mode)
+        moeadapt.set_aux_loss_scale(model, 1.0)
+        (task_loss(model, long) + task_loss(model, short)).backward()
+        gradients.append(gradients_of(model))
+    for name, expected in gradients[0].items():
+        assert_close(gradients[1][name], expected)

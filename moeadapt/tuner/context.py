@@ -31,7 +31,7 @@ class RoutingContext:
 
     Attributes:
         frame: the running forward; None between forwards.
-        last_training_frame: the last forward with grad, which a recomputation in backward repeats.
+        pending: training forwards that wait for their backward, which may recompute them.
         collected: routings per layer while `collect_routing` is active, else None.
         heads: adapter name -> layer name -> its router; aux losses are averaged over them.
         blocks: path of a block -> the block, shared by all adapters.
@@ -41,7 +41,7 @@ class RoutingContext:
     def __init__(self) -> None:
         """Start between forwards, with scale 1 that nobody vouched for."""
         self.frame: Frame | None = None
-        self.last_training_frame: Frame | None = None
+        self.pending: list[Frame] = []
         self.collected: dict[str, list[Routing]] | None = None
         self.heads: dict[str, dict[str, RouterHead]] = {}
         self.blocks: dict[str, Block] = {}
@@ -49,10 +49,12 @@ class RoutingContext:
         self._scale_value = 1.0
         self._scale: dict[torch.device, Tensor] = {}
         self._warned = False
+        self._backward_seen = False
+        self._backward_watched = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running forward (its tensors cannot be copied)."""
-        transient = {"frame": None, "last_training_frame": None, "collected": None, "_scale": {}}
+        transient = {"frame": None, "pending": [], "collected": None, "_scale": {}}
         return {**self.__dict__, **transient}
 
     # --- the scale of the auxiliary losses
@@ -111,8 +113,19 @@ class RoutingContext:
         if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
             mask = None
         self.frame = Frame(id(module), mask)
-        if torch.is_grad_enabled():
-            self.last_training_frame = self.frame
+        if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():
+            waiting = [] if self._backward_seen else self.pending[1 - _MOST_PENDING :]
+            self.pending = [*waiting, self.frame]
+            self._backward_seen = self._backward_watched = False
+
+    def watch_backward(self, weights: Tensor) -> None:
+        """Notice when the running training forward is back-propagated; once per forward."""
+        if not self._backward_watched and not torch.compiler.is_compiling():
+            self._backward_watched = True
+            weights.register_hook(self._saw_backward)
+
+    def _saw_backward(self, grad: Tensor) -> None:
+        self._backward_seen = True
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
         """Forward hook: the mask of this forward must not meet a later one."""
@@ -121,21 +134,53 @@ class RoutingContext:
 
     def tokens(self, hidden: Tensor) -> TokenContext:
         """Return what is known about the tokens of `hidden` [..., D], flattened."""
-        frame = self.frame
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            frame = self.last_training_frame  # recomputation inside a backward
-        mask = None if frame is None else frame.mask
-        if mask is None:
-            return TokenContext()
-        if hidden.dim() == 3 and hidden.shape[0] == mask.shape[0]:  # noqa: PLR2004
-            length = hidden.shape[1]
-            if length <= mask.shape[1]:
-                # With a KV cache the mask also covers the past: its tail is what runs now.
-                return TokenContext(mask=mask[:, mask.shape[1] - length :].reshape(-1).bool())
-        if hidden.dim() == 2 and hidden.shape[0] == mask.numel():  # noqa: PLR2004
-            return TokenContext(mask=mask.reshape(-1).bool())
-        return TokenContext()
+            return TokenContext(mask=self._recomputed_mask(hidden))
+        return TokenContext(mask=None if self.frame is None else _fit(self.frame.mask, hidden))
 
+    def _recomputed_mask(self, hidden: Tensor) -> Tensor | None:
+        """Return the mask of the forward that gradient checkpointing is repeating.
+
+        Raises:
+            TrainingError: several forwards with different masks wait for this backward.
+        """
+        self._backward_seen = True
+        masks = [_fit(frame.mask, hidden) for frame in self.pending]
+        # A mask of another shape belongs to another forward.
+        masks = [
+            m
+            for m, frame in zip(masks, self.pending, strict=True)
+            if frame.mask is None or m is not None
+        ]
+        if any(not _same(mask, masks[0]) for mask in masks[1:]):
+            raise TrainingError(
+                "several training forwards with different padding masks wait for one backward, and "
+                "gradient checkpointing cannot tell the routers which one it repeats. Run backward "
+                "after each forward, put them into one batch, or turn checkpointing off."
+            )
+        return masks[0] if masks else None
+
+
+def _fit(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """Flatten the part of a 2-D mask that covers the tokens of `hidden`; None: it does not fit."""
+    if mask is None:
+        return None
+    if hidden.dim() == 3 and hidden.shape[0] == mask.shape[0]:  # noqa: PLR2004
+        length = hidden.shape[1]
+        if length <= mask.shape[1]:
+            # With a KV cache the mask also covers the past: its tail is what runs now.
+            return mask[:, mask.shape[1] - length :].reshape(-1).bool()
+    if hidden.dim() == 2 and hidden.shape[0] == mask.numel():  # noqa: PLR2004
+        return mask.reshape(-1).bool()
+    return None
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+# Without checkpointing nobody asks for them, so only a few are kept.
+_MOST_PENDING = 8
 
 _SCALE_HELP = (
     "Use a trainer of moeadapt.training, or add MoeAdaptCallback() to yours, or call "

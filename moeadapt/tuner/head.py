@@ -78,13 +78,15 @@ class RouterHead:
         else:
             packed = stats.pack(routing, losses)
         share = len(self._context.heads[self._adapter])
-        return aux_loss.attach(
+        weights = aux_loss.attach(
             routing.weights,
             total / share,
             scale=self._context.scale(total.device),
             stats=packed,
             sink=sink,
         )
+        self._context.watch_backward(weights)
+        return weights
 
     def sink(self, device: torch.device) -> Tensor | None:
         """Return the tensor whose `grad` collects the counts; None where it cannot be made.
