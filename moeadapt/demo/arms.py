@@ -10,6 +10,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    PrinterCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -127,6 +128,7 @@ def train_arm(
         peft_config=arm.config,
         callbacks=[_Report(on_step)],
     )
+    trainer.remove_callback(PrinterCallback)  # the progress bar shows the loss
     trainer.train()
     model: Any = trainer.model
     model.save_pretrained(out / arm.folder)

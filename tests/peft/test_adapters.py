@@ -194,7 +194,7 @@ def test_an_adapter_loaded_for_inference_is_frozen_and_for_training_is_not(kind,
     assert len([m for m in trained.modules() if isinstance(m, Router)]) > 0
 
 
-def test_the_routing_of_a_disabled_adapter_is_not_kept_from_an_earlier_forward() -> None:
+def test_a_forward_that_failed_leaves_no_routing_behind() -> None:
     model = adapted("llama", "block")
     with pytest.raises(RuntimeError, match="on purpose"):
         handle = model.get_base_model().model.layers[0].mlp.act_fn.register_forward_hook(_fail)
