@@ -10,9 +10,9 @@ from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
-    PrinterCallback,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     TrainerCallback,
     set_seed,
 )
