@@ -73,6 +73,11 @@ def test_a_copy_has_its_own_context_shared_by_its_own_layers(kind: str, way) -> 
         assert all(id(owner) in own for owner in block.owners.values())
     assert pop_router_stats(twin) == {}
     assert len(pop_router_stats(model)) > 0
+    with collect_routing(model) as of_the_original:
+        copied_meanwhile = way(model)
+        logits(copied_meanwhile, batch())
+    assert not of_the_original
+    assert find_context(copied_meanwhile).collected is None
     with collect_routing(model) as of_the_original, collect_routing(twin) as of_the_twin:
         logits(twin, batch())
     assert of_the_twin
