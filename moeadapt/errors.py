@@ -22,10 +22,6 @@ class UnsupportedError(MoeAdaptError, NotImplementedError):
     """The request is well formed, but a routed mixture cannot do it; names what can."""
 
 
-class AdapterFileError(MoeAdaptError, ValueError):
-    """A saved adapter is damaged, incomplete, or does not belong to this base model."""
-
-
 class TrainingError(MoeAdaptError, RuntimeError):
     """A training run would go wrong silently if it went on."""
 

@@ -8,10 +8,10 @@ otherwise right after PEFT's own import has finished.
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 WATCHED = "peft"
 TUNER = "moeadapt.tuner"
@@ -28,6 +28,7 @@ class _ThenRegister(Loader):
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, _Watcher)]
         # PEFT's files are found through its spec from here on, as if nobody had watched.
         module.__loader__ = self._loader
         if module.__spec__ is not None:
@@ -37,15 +38,24 @@ class _ThenRegister(Loader):
 
 
 class _Watcher(MetaPathFinder):
-    """Finds nothing itself; wraps the loader of PEFT, once."""
+    """Finds nothing itself; wraps the loader of PEFT until PEFT is really imported.
+
+    Asking whether PEFT is installed, as transformers does, finds a spec and imports nothing.
+    """
+
+    def __init__(self) -> None:
+        self._looking = False
 
     def find_spec(
-        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Any, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != WATCHED:
+        if fullname != WATCHED or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             spec.loader = _ThenRegister(spec.loader)
         return spec

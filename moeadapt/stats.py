@@ -82,7 +82,7 @@ def packed_size(num_experts: int, num_losses: int) -> int:
 
 
 def pack(routing: Routing, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, " S"]:
-    """Sums over real tokens as one float32 vector: adding vectors of many forwards stays exact.
+    """Sums over real tokens as one float32 vector: vectors of many forwards add up.
 
     In this order: forwards, losses, tokens, entropy, uses of each expert, probability of each.
     """
@@ -96,7 +96,7 @@ def pack(routing: Routing, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor,
 
 
 def unpack(packed: Float[Tensor, " S"], num_losses: int) -> RouterStats:
-    """Turn a sum of `pack` vectors into averages; the one place that reads from the device."""
+    """Turn a sum of `pack` vectors into averages."""
     values = packed.detach().double().cpu()
     num_experts = (len(values) - packed_size(0, num_losses)) // 2
     sizes = [1, num_losses, 1, 1, num_experts, num_experts]

@@ -86,6 +86,11 @@ def test_registering_twice_changes_nothing():
 
 ORDERS = {
     "moeadapt_first": "import moeadapt, peft",
+    "probed_first": (
+        "import moeadapt, importlib.util; importlib.util.find_spec('peft');"
+        "assert 'peft' not in __import__('sys').modules; import peft"
+    ),
+    "trainer_first": "import moeadapt; from transformers import Trainer; import peft",
     "peft_first": "import peft, moeadapt",
     "only_the_config": "from moeadapt import MoeLoraConfig; MoeLoraConfig(); import peft",
     "only_the_tuner": "import moeadapt.tuner, peft",

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     recipe = parse_script("grpo", argv)
     reward = get_reward(recipe.run.reward)
 
-    train_dataset, _ = load_data(recipe.run, recipe.objective.data)
+    train_dataset, eval_dataset = load_data(recipe.run, recipe.objective.data)
     model, tokenizer = load_base(recipe.run, recipe.objective)
 
     trainer = MoEGRPOTrainer(
@@ -31,6 +31,7 @@ def main(argv: list[str]) -> None:
         reward_funcs=reward,
         args=recipe.trainer_args,
         train_dataset=train_dataset,
+        eval_dataset=eval_dataset if recipe.evaluates else None,
         processing_class=tokenizer,
         peft_config=recipe.moe,
     )

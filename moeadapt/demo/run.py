@@ -103,7 +103,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
 def _keep_freed_memory() -> None:
     """Tell glibc to reuse freed memory: the kernel clears every page it gives out anew.
 
-    The logits of one batch are over 100 MiB, so without this a third of the time goes to the kernel.
+    The logits of one batch are over 100 MiB, so without this much time goes to the kernel.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

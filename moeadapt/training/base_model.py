@@ -1,5 +1,7 @@
 """Loads the base model and tokenizer of a recipe."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +15,7 @@ from transformers import (
 )
 
 from moeadapt.embedded import resolve_model
-from moeadapt.errors import AssetError, ConfigError
+from moeadapt.errors import AssetError
 from moeadapt.training.objectives import Objective
 from moeadapt.training.recipe import RunArguments
 
@@ -30,7 +32,6 @@ def load_base(
 
     Raises:
         AssetError: the model cannot be read or downloaded.
-        ConfigError: both 4-bit and 8-bit were asked for.
     """
     path = resolve_model(run.model_name_or_path)
     extra: dict[str, Any] = {"num_labels": 1} if objective.task_type == "SEQ_CLS" else {}
@@ -66,26 +67,20 @@ def empty_base(run: RunArguments, objective: Objective) -> PreTrainedModel:
         return _AUTO[objective.task_type].from_config(config)
 
 
-class _readable:
-    """Turns transformers' and the hub's errors into one of ours that names the model."""
-
-    def __init__(self, run: RunArguments) -> None:
-        self._name = run.model_name_or_path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, (OSError, ValueError)):
-            raise AssetError(
-                f"cannot load the base model {self._name!r}: {str(error).splitlines()[0]}. "
-                "Check the name and the network, or give a local folder."
-            ) from error
+@contextmanager
+def _readable(run: RunArguments) -> Iterator[None]:
+    """Turn transformers' and the hub's errors into one of ours that names the model."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"cannot load the base model {run.model_name_or_path!r}: "
+            f"{str(error).partition(chr(10))[0]}. Check the name and the network, or give a local "
+            "folder."
+        ) from error
 
 
 def _quantization(run: RunArguments) -> Any:
-    if run.load_in_4bit and run.load_in_8bit:
-        raise ConfigError("load_in_4bit and load_in_8bit exclude each other")
     if not (run.load_in_4bit or run.load_in_8bit):
         return None
     from transformers import BitsAndBytesConfig

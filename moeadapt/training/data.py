@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
 from moeadapt.embedded import load_task, mix
 from moeadapt.errors import AssetError, ConfigError
@@ -40,6 +41,11 @@ def load_data(run: RunArguments, kind: DataKind) -> tuple[Dataset, Dataset | Non
         train, test = _embedded(run, kind)
     else:
         train, test = _loaded(run)
+    if kind == "prompt" and "answer" not in train.column_names:
+        raise ConfigError(
+            f"dataset {run.dataset_name!r} has the columns {sorted(train.column_names)}; "
+            f"the reward {run.reward!r} also needs 'answer'"
+        )
     alternatives = COLUMNS[kind]
     if not any(set(names) <= set(train.column_names) for names in alternatives):
         wanted = " or ".join("+".join(names) for names in alternatives)
@@ -53,18 +59,18 @@ def load_data(run: RunArguments, kind: DataKind) -> tuple[Dataset, Dataset | Non
 def _loaded(run: RunArguments) -> tuple[Dataset, Dataset | None]:
     path = Path(run.dataset_name)
     try:
-        if path.suffix:
-            if path.suffix not in _FILE_READERS:
-                raise ConfigError(
-                    f"dataset {run.dataset_name!r}: cannot read {path.suffix!r} files; use one of "
-                    f"{sorted(_FILE_READERS)} or a hub id"
-                )
+        if path.suffix not in _FILE_READERS and path.is_file():
+            raise ConfigError(
+                f"dataset {run.dataset_name!r}: cannot read {path.suffix!r} files; use one of "
+                f"{sorted(_FILE_READERS)} or a hub id"
+            )
+        if path.suffix in _FILE_READERS:
             splits = load_dataset(_FILE_READERS[path.suffix], data_files=str(path))
             names = ("train", "")
         else:
             splits = load_dataset(run.dataset_name, run.dataset_config)
             names = (run.dataset_train_split, run.dataset_test_split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         if isinstance(error, ConfigError):
             raise
         raise AssetError(f"cannot load the dataset {run.dataset_name!r}: {error}") from error

@@ -7,6 +7,7 @@ a dot: `--moe.router.k 1`.
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ from transformers import HfArgumentParser
 
 from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.training.objectives import OBJECTIVES, Objective
+from moeadapt.training.rewards import get_reward
 from moeadapt.tuner.config import MoeLoraConfig
 
 
@@ -81,7 +83,7 @@ class Recipe:
     def resume(self) -> str | bool | None:
         """What `Trainer.train` takes: a checkpoint folder, or True for the last one."""
         asked = self.trainer_args.resume_from_checkpoint
-        return True if asked in ("last", "true", "True") else asked
+        return {"last": True, "true": True, "false": None}.get(str(asked).lower(), asked)
 
 
 def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str] = ()) -> Recipe:
@@ -111,6 +113,10 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
     moe = MoeLoraConfig(**{"task_type": goal.task_type, **moe_values})
     source = " and ".join(filter(None, [config, "flags" if flags else None])) or "defaults"
     run, trainer_args = _parse_flat(config_class, values, source)
+    if run.load_in_4bit and run.load_in_8bit:
+        raise ConfigError(f"{source}: load_in_4bit and load_in_8bit exclude each other")
+    if goal.data == "prompt":
+        get_reward(run.reward)
     return Recipe(
         objective=goal,
         run=run,
@@ -139,6 +145,17 @@ def _say(error: ConfigError) -> int:
 _MOE_FIELDS = {f.name for f in fields(MoeLoraConfig)} - {"peft_type", "auto_mapping"}
 
 
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as everybody means it (YAML 1.1 wants 1.0e-3)."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
 def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the mapping in the file, and `file:line` of each top-level key."""
     try:
@@ -146,8 +163,8 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     except OSError as error:
         raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        node = yaml.compose(text, Loader=_Loader)
+        values = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
@@ -169,7 +186,7 @@ def _read_flags(flags: Sequence[str]) -> dict[str, Any]:
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
-            values[name] = yaml.safe_load(value)
+            values[name] = yaml.load(value, Loader=_Loader)
         except yaml.YAMLError:
             values[name] = value
     return values
@@ -182,6 +199,10 @@ def _set_nested(values: dict[str, Any], key: str, value: Any) -> None:
         below = place.get(parent)
         if isinstance(below, str):
             below = {"name": below}  # `router: top_k` in the file, `--moe.router.k 1` as a flag
+        elif isinstance(below, (int, float)) and parents[:2] == ["moe", "balance"]:
+            below = {"coef": below}  # `switch: 0.01` in the file, `--moe.balance.switch.coef 0.1`
+        elif below is not None and not isinstance(below, Mapping):
+            raise ConfigError(f"flags: --{key}: {parent!r} is {below!r}, which has no settings")
         place[parent] = dict(below or {})
         place = place[parent]
     place[last] = value

@@ -1,4 +1,4 @@
-"""The PEFT seam: config, layer, model and registration. The only package that imports peft."""
+"""The PEFT seam: config, layer, model and registration. Nothing else knows peft's internals."""
 
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.layer import MoeLoraLinear

@@ -51,6 +51,7 @@ class RoutingContext:
         self._warned = False
         self._backward_seen = False
         self._backward_watched = False
+        self._forgotten = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running forward (its tensors cannot be copied)."""
@@ -114,8 +115,9 @@ class RoutingContext:
             mask = None
         self.frame = Frame(id(module), mask)
         if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():
-            waiting = [] if self._backward_seen else self.pending[1 - _MOST_PENDING :]
-            self.pending = [*waiting, self.frame]
+            waiting = [] if self._backward_seen else self.pending
+            self._forgotten = len(waiting) >= _MOST_PENDING
+            self.pending = [*waiting[1 - _MOST_PENDING :], self.frame]
             self._backward_seen = self._backward_watched = False
 
     def watch_backward(self, weights: Tensor) -> None:
@@ -152,7 +154,7 @@ class RoutingContext:
             for m, frame in zip(masks, self.pending, strict=True)
             if frame.mask is None or m is not None
         ]
-        if any(not _same(mask, masks[0]) for mask in masks[1:]):
+        if self._forgotten or any(not _same(mask, masks[0]) for mask in masks[1:]):
             raise TrainingError(
                 "several training forwards with different padding masks wait for one backward, and "
                 "gradient checkpointing cannot tell the routers which one it repeats. Run backward "

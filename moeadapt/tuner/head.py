@@ -91,7 +91,7 @@ class RouterHead:
     def sink(self, device: torch.device) -> Tensor | None:
         """Return the tensor whose `grad` collects the counts; None where it cannot be made.
 
-        A compiled graph cannot create a leaf: `RoutingContext.prepare` does so beforehand.
+        A compiled graph cannot create a leaf: `inspect.prepare_stats` does so beforehand.
         """
         if self._sink is None or self._sink.device != device:
             if torch.compiler.is_compiling():

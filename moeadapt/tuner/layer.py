@@ -21,9 +21,10 @@ PREFIX = "moeadapt_"
 """Starts the name of every adapter tensor; the lower-cased `peft_type` and an underscore."""
 
 MERGE_MENU = (
-    "the mixture depends on the input, so no single weight equals it. Keep the adapter, or use "
-    "moeadapt.merge (one ordinary LoRA, with the measured residual), moeadapt.split (every expert "
-    "as an ordinary LoRA) or moeadapt.export (a stock MoE checkpoint, exact for placement='ffn')"
+    "the mixture depends on the input, so no single weight equals it. Instead: keep the adapter "
+    "and load it with PeftModel.from_pretrained; switch it off with model.disable_adapter(); get "
+    "the base model back with model.unload(); or, where one merged weight is needed, train a "
+    "plain LoRA"
 )
 
 INITS: dict[Any, Init] = {True: "zero_b", False: "random", "gaussian": "gaussian"}
@@ -105,7 +106,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             weights = self._weights(name, x)
             inplace = self._owns(out)
             out = mix(self._drop(name, flat), weights, self.moe_banks[name], out, inplace=inplace)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def _forward_ffn(self, x: Tensor, adapters: list[str]) -> Tensor:
         if len(adapters) > 1:
@@ -119,7 +120,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if block.is_input(x):
             flat = cast.reshape(-1, x.shape[-1])
             out = expand(self._drop(name, flat), slots, bank, self._base(flat))
-            return out.view(-1, *x.shape[:-1], out.shape[-1])
+            return out.view(out.shape[0], *x.shape[:-1], out.shape[-1])
         out = contract(
             cast.reshape(x.shape[0], -1, x.shape[-1]),
             slots,
@@ -127,7 +128,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             self._base,
             dropout=lambda activations: self._drop(name, activations),
         )
-        return out.view(*x.shape[1:-1], -1)
+        return out.view(*x.shape[1:-1], out.shape[-1])
 
     def _weights(self, name: str, x: Tensor) -> Tensor | None:
         plan = self.moe_plans[name]

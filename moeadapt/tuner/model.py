@@ -18,7 +18,7 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from moeadapt.errors import UnsupportedError
+from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.experts import BankSize
 from moeadapt.tuner.block import Block, install_blocks
 from moeadapt.tuner.config import MoeLoraConfig
@@ -71,6 +71,12 @@ class MoeLoraModel(BaseTuner):
     def _plan(
         self, model: nn.Module, config: MoeLoraConfig, state_dict: dict[str, Tensor] | None
     ) -> None:
+        if self.get_model_config(model).get("is_encoder_decoder"):
+            raise ConfigError(
+                "encoder-decoder models are not supported: encoder and decoder have padding of "
+                "their own, and routers would count the one's as the other's. Use a decoder-only "
+                "or encoder-only model, or plain LoRA."
+            )
         keys = self._target_keys(model, config, state_dict)
         self._plans = plan_targets(model, config, keys, get_quantization_kwargs(model))
 

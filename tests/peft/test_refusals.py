@@ -9,14 +9,20 @@ from peft import PeftMixedModel, PeftModel, get_peft_model
 from peft.tuners.lora.conversion import convert_to_lora
 from peft.utils.hotswap import hotswap_adapter
 from torch import Tensor, nn
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from moeadapt import MoeLoraConfig
 from moeadapt.errors import ConfigError, MoeAdaptError, UnsupportedError
 from moeadapt.tuner import MoeLoraLinear
 from moeadapt.tuner.context import find_context
-from tests.tiny import KINDS, adapted, batch, logits, moe_config, tiny
+from tests.tiny import HIDDEN, KINDS, VOCAB, adapted, batch, logits, moe_config, tiny
 
-MENU = "moeadapt.merge.*moeadapt.split.*moeadapt.export"
+MENU = "from_pretrained.*disable_adapter.*unload.*plain LoRA"
 
 
 def _state(model: nn.Module) -> dict[str, Any]:
@@ -211,3 +217,18 @@ def test_a_linear_called_outside_its_block_is_refused(kind: str) -> None:
     with pytest.raises(UnsupportedError, match="router_scope='layer'"):
         layer(torch.zeros(1, 2, 32))
     assert torch.equal(logits(model, batch()), logits(adapted("llama", kind), batch()))
+
+
+def test_an_encoder_decoder_model_is_refused_before_it_is_touched() -> None:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ConfigError, match="encoder-decoder models are not supported"):
+        get_peft_model(model, MoeLoraConfig(target_modules=["q", "v"]))
+    assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("kind", ["layer", "block"])
+def test_no_token_at_all_gives_no_output_row(kind: str) -> None:
+    block = adapted("llama", kind).get_base_model().model.layers[0].mlp
+    assert block(torch.zeros(0, 3, HIDDEN)).shape == (0, 3, HIDDEN)

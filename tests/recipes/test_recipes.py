@@ -63,6 +63,29 @@ def test_flags_win_over_the_file_also_when_nested():
     assert recipe.trainer_args.max_steps == 7
 
 
+def test_numbers_may_be_written_with_an_exponent(tmp_path):
+    path = tmp_path / "r.yaml"
+    shipped = (ROOT / "configs/sft/smollm2_mixlora.yaml").read_text()
+    path.write_text(shipped.replace("switch: 0.01", "switch: 1e-3"))
+    assert parse_recipe("sft", str(path), CPU).moe.balance["switch"]["coef"] == 1e-3
+    recipe = parse_recipe("sft", str(path), [*CPU, "--moe.balance.switch", "2e-3"])
+    assert recipe.moe.balance["switch"]["coef"] == 2e-3
+
+
+def test_a_coefficient_in_the_file_can_be_given_in_full_as_a_flag():
+    path = ROOT / "configs/sft/smollm2_mixlora.yaml"
+    recipe = parse(path, "--moe.balance.switch.coef", "0.1")
+    assert recipe.moe.balance == {"switch": {"coef": 0.1}}
+
+
+@pytest.mark.parametrize(
+    ("given", "resume"), [("last", True), ("true", True), ("false", None), ("out/x", "out/x")]
+)
+def test_resuming_takes_a_folder_or_last(given, resume):
+    path = ROOT / "configs/sft/smollm2_mixlora.yaml"
+    assert parse(path, "--resume_from_checkpoint", given).resume == resume
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -72,6 +95,8 @@ def test_flags_win_over_the_file_also_when_nested():
         (["--moe.router", "topk"], "unknown router 'topk'.*did you mean 'top_k'"),
         (["--moe.r", "'8'"], "r='8': input should be a valid integer"),
         (["--learning_rate", "abc"], "learning-rate: invalid float value: 'abc'"),
+        (["--moe.r.x", "1"], "'r' is 8, which has no settings"),
+        (["--load_in_4bit", "--load_in_8bit"], "load_in_4bit and load_in_8bit exclude"),
         (["stray"], "unexpected argument 'stray'"),
     ],
 )
