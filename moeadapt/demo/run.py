@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
         AssetError: the model or a task's package cannot be had.
         ReloadError: a saved adapter does not give the same logits in a new process.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
