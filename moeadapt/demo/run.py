@@ -64,7 +64,8 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     _keep_freed_memory()
-    console = Console(quiet=as_json)
+    # A file is wide enough for the table; a terminal decides for itself.
+    console = Console(quiet=as_json, width=None if sys.stdout.isatty() else 120)
     folder = Path(out)
     base_path = resolve_model(BASE, progress=not as_json)
     tokenizer = AutoTokenizer.from_pretrained(base_path)
