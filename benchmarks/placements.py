@@ -166,12 +166,21 @@ def main() -> None:
         write_csv(args, rows)
 
 
+def device_name(device: str) -> str:
+    """Name the GPU, or the CPU as the kernel calls it."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
 def write_csv(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     """Append rows with sizes, versions, commit and device."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    device = torch.cuda.get_device_name() if args.device == "cuda" else platform.processor()
     common = {
         "hidden": args.hidden,
         "layers": args.layers,
@@ -180,7 +189,7 @@ def write_csv(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
         "rank": args.rank,
         "k": args.k,
         "dtype": args.dtype,
-        "device": device or platform.machine(),
+        "device": device_name(args.device),
         "threads": torch.get_num_threads(),
         "commit": commit,
         "torch": torch.__version__,
