@@ -110,7 +110,12 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
     known = {f.name for cls in (RunArguments, config_class) for f in fields(cls) if f.init}
     _refuse_unknown(values, known | {"moe"}, lambda key: places.get(key, "flags"))
     _refuse_unknown(moe_values, _MOE_FIELDS, lambda key: f"{places.get('moe', 'flags')}: moe")
-    moe = MoeLoraConfig(**{"task_type": goal.task_type, **moe_values})
+    if moe_values.get("task_type", goal.task_type) != goal.task_type:
+        raise ConfigError(
+            f"{places.get('moe', 'flags')}: moe.task_type={moe_values['task_type']!r}, but "
+            f"{objective} trains {goal.task_type}; leave it out"
+        )
+    moe = MoeLoraConfig(**{**moe_values, "task_type": goal.task_type})
     source = " and ".join(filter(None, [config, "flags" if flags else None])) or "defaults"
     run, trainer_args = _parse_flat(config_class, values, source)
     if run.load_in_4bit and run.load_in_8bit:
@@ -146,9 +151,17 @@ _MOE_FIELDS = {f.name for f in fields(MoeLoraConfig)} - {"peft_type", "auto_mapp
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number, as everybody means it (YAML 1.1 wants 1.0e-3)."""
+    """Safe YAML without two surprises of YAML 1.1: 1e-3 is a number, and `no` is a word."""
 
 
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
 )
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -29,7 +31,7 @@ from moeadapt.tuner.context import (
     remove_hooks,
 )
 from moeadapt.tuner.layer import MERGE_MENU, PREFIX, MoeLoraLinear
-from moeadapt.tuner.plan import TargetPlan, in_out_features, plan_targets
+from moeadapt.tuner.plan import TargetPlan, in_out_features, no_target_message, plan_targets
 
 
 class MoeLoraModel(BaseTuner):
@@ -77,7 +79,15 @@ class MoeLoraModel(BaseTuner):
                 "their own, and routers would count the one's as the other's. Use a decoder-only "
                 "or encoder-only model, or plain LoRA."
             )
-        keys = self._target_keys(model, config, state_dict)
+        try:
+            keys = self._target_keys(model, config, state_dict)
+        except re.error as error:
+            raise ConfigError(
+                f"MoeLoraConfig: {error.pattern!r} is not a valid regular expression: {error}. A "
+                "string is a pattern for whole module paths; give a list to name modules."
+            ) from None
+        if not keys and state_dict is None and config.target_modules != DUMMY_TARGET_MODULES:
+            raise ConfigError(no_target_message(model, config))
         self._plans = plan_targets(model, config, keys, get_quantization_kwargs(model))
 
     def _target_keys(

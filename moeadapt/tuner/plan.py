@@ -10,7 +10,7 @@ from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from moeadapt.errors import ConfigError
+from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.tuner.config import MoeLoraConfig
 
 Placement = Literal["linear", "ffn", "unrouted"]
@@ -68,6 +68,25 @@ def plan_targets(
             "linears, for example target_modules='all-linear'"
         )
     return {key: plans[key] for key in keys}
+
+
+def no_target_message(model: nn.Module, config: MoeLoraConfig) -> str:
+    """Say that the targeting fields match nothing, and what there is to target."""
+    names = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m)})
+    asked = config.target_modules
+    wanted = [asked] if isinstance(asked, str) else sorted(asked or [])
+    near = "".join(did_you_mean(word, names) for word in wanted[:1])
+    narrowed = {
+        field: getattr(config, field)
+        for field in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if getattr(config, field) is not None
+    }
+    also = f" with {narrowed}" if narrowed else ""
+    regex = " A string is a pattern for whole module paths; give a list to name modules."
+    return (
+        f"MoeLoraConfig: target_modules={asked!r}{also} matches no module{near}. Linear layers of "
+        f"this model: {_some(names)}.{regex if isinstance(asked, str) else ''}"
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

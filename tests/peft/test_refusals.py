@@ -103,7 +103,7 @@ def test_a_lone_linear_is_no_ffn() -> None:
 def test_targets_that_match_nothing_leave_the_base_untouched(targets: Any) -> None:
     base = tiny("llama")
     state = _state(base)
-    with pytest.raises(ValueError, match="not found in the base model"):
+    with pytest.raises(ValueError, match="matches no module"):
         get_peft_model(base, moe_config("layer", target_modules=targets))
     assert _state(base) == state
 
@@ -232,3 +232,22 @@ def test_an_encoder_decoder_model_is_refused_before_it_is_touched() -> None:
 def test_no_token_at_all_gives_no_output_row(kind: str) -> None:
     block = adapted("llama", kind).get_base_model().model.layers[0].mlp
     assert block(torch.zeros(0, 3, HIDDEN)).shape == (0, 3, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["qq_proj"]}, "matches no module; did you mean 'q_proj'.*'down_proj'"),
+        ({"target_modules": "q_proj"}, "did you mean 'q_proj'.*give a list to name modules"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, "layers_to_transform.*no mod"),
+        ({"target_modules": "*("}, "not a valid regular expression: nothing to repeat"),
+    ],
+)
+def test_targets_that_match_nothing_name_what_there_is(
+    fields: dict[str, Any], message: str
+) -> None:
+    model = tiny("llama")
+    before = _state(model)
+    with pytest.raises(ConfigError, match=message):
+        get_peft_model(model, moe_config("layer", **fields))
+    assert _state(model) == before

@@ -72,6 +72,16 @@ def test_numbers_may_be_written_with_an_exponent(tmp_path):
     assert recipe.moe.balance["switch"]["coef"] == 2e-3
 
 
+@pytest.mark.parametrize("name", ["save_strategy", "eval_strategy"])
+def test_the_word_no_is_a_word(name, tmp_path):
+    shipped = ROOT / "configs/sft/smollm2_mixlora.yaml"
+    recipe = parse(shipped, f"--{name}", "no")
+    assert getattr(recipe.trainer_args, name) == "no"
+    path = tmp_path / "r.yaml"
+    path.write_text(shipped.read_text() + f"{name}: no\n")
+    assert getattr(parse_recipe("sft", str(path), CPU).trainer_args, name) == "no"
+
+
 def test_a_coefficient_in_the_file_can_be_given_in_full_as_a_flag():
     path = ROOT / "configs/sft/smollm2_mixlora.yaml"
     recipe = parse(path, "--moe.balance.switch.coef", "0.1")
@@ -95,6 +105,7 @@ def test_resuming_takes_a_folder_or_last(given, resume):
         (["--moe.router", "topk"], "unknown router 'topk'.*did you mean 'top_k'"),
         (["--moe.r", "'8'"], "r='8': input should be a valid integer"),
         (["--learning_rate", "abc"], "learning-rate: invalid float value: 'abc'"),
+        (["--moe.task_type", "SEQ_CLS"], "but sft trains CAUSAL_LM"),
         (["--moe.r.x", "1"], "'r' is 8, which has no settings"),
         (["--load_in_4bit", "--load_in_8bit"], "load_in_4bit and load_in_8bit exclude"),
         (["stray"], "unexpected argument 'stray'"),
