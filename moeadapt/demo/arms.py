@@ -144,7 +144,7 @@ def _columns(row: dict[str, str]) -> dict[str, str]:
     return {"prompt": row["prompt"] + "\n", "completion": row["completion"]}
 
 
-def seconds_of_two_steps(
+def seconds_per_step(
     base_path: str, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]
 ) -> float:
     """Time the second of two training steps of the largest plain LoRA, to choose the steps."""

@@ -8,6 +8,8 @@ import statistics
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from moeadapt.demo.arms import (
     batch_of,
     load_base,
     make_arms,
-    seconds_of_two_steps,
+    seconds_per_step,
     time_step,
     train_arm,
 )
@@ -127,32 +129,23 @@ def _rows(train: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
 
 def _affordable_steps(base_path: str, tokenizer: Any, rows: list[dict[str, str]]) -> int:
     arms_cost = 1.3 * len(make_arms())  # the FFN mixture takes longer than a LoRA
-    seconds = seconds_of_two_steps(base_path, tokenizer, rows)
+    seconds = seconds_per_step(base_path, tokenizer, rows)
     return int(max(FEWEST_STEPS, min(MOST_STEPS, TRAINING_SECONDS / (arms_cost * seconds))))
 
 
-class _bar:
-    """A progress bar for one arm that also shows the loss."""
-
-    def __init__(self, console: Console, name: str, steps: int) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description:<42}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            console=console,
-        )
-        self._task = self._progress.add_task(name, total=steps, loss="-")
-
-    def __enter__(self) -> Any:
-        self._progress.start()
-        return lambda step, loss: self._progress.update(
-            self._task, completed=step, loss=f"{float(loss):.3f}"
-        )
-
-    def __exit__(self, *_: Any) -> None:
-        self._progress.stop()
+@contextmanager
+def _bar(console: Console, name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+    """Show a progress bar for one arm; yields what to call with the step and its loss."""
+    columns = (
+        TextColumn("{task.description:<42}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=steps, loss="-")
+        yield lambda step, loss: progress.update(task, completed=step, loss=f"{float(loss):.3f}")
 
 
 def _results(
