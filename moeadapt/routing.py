@@ -1,10 +1,10 @@
 """The one value that flows from a router to everything else.
 
-Letters: T tokens, E experts, K slots of a token.
+Letters: T tokens, E experts, W experts and null experts, K slots of a token.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,9 +19,14 @@ class TokenContext:
 
     Attributes:
         mask: True for real tokens; padding (False) is routed but never counted. None: all real.
+        sequences: number of the sequence that each token belongs to, 0 to T - 1; packed sequences
+            have numbers of their own. Only for routers that need it.
+        token_ids: vocabulary ids. Only for routers that need them.
     """
 
     mask: Bool[Tensor, " T"] | None = None
+    sequences: Int[Tensor, " T"] | None = None
+    token_ids: Int[Tensor, " T"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,47 +42,69 @@ class Routing:
         weights: what multiplies each expert's output; exactly 0 = not chosen.
         max_active: upper bound on the experts of one token, known from the config.
         token_mask: False for padding: computed, never counted.
+        null_experts: how many of the last columns are null experts, which change nothing.
     """
 
-    logits: Float[Tensor, "T E"]
-    probs: Float[Tensor, "T E"]
-    weights: Float[Tensor, "T E"]
+    logits: Float[Tensor, "T W"]
+    probs: Float[Tensor, "T W"]
+    weights: Float[Tensor, "T W"]
     max_active: int
     token_mask: Bool[Tensor, " T"] | None = None
+    null_experts: int = 0
 
     @property
     def num_experts(self) -> int:
-        """E."""
-        return self.logits.shape[-1]
+        """E, without null experts."""
+        return self.logits.shape[-1] - self.null_experts
+
+    @property
+    def expert_weights(self) -> Float[Tensor, "T E"]:
+        """Return the weights of the experts that do something."""
+        return self.weights[:, : self.num_experts] if self.null_experts else self.weights
 
     def slots(self) -> tuple[Int[Tensor, "T K"], Float[Tensor, "T K"]]:
         """Return the index form: expert ids and their weights, the largest weight first.
 
         K is `max_active`; a slot of weight 0 is unused and its expert id means nothing.
         """
-        weights_TK, experts_TK = self.weights.topk(self.max_active, dim=-1)
+        weights_TK, experts_TK = self.expert_weights.topk(self.max_active, dim=-1)
         return experts_TK, weights_TK
 
     def detach(self) -> "Routing":
         """Return the same routing without its graph."""
-        return Routing(
+        return replace(
+            self,
             logits=self.logits.detach(),
             probs=self.probs.detach(),
             weights=self.weights.detach(),
-            max_active=self.max_active,
-            token_mask=self.token_mask,
+        )
+
+    def rows(self, index: Int[Tensor, " N"], token_mask: Bool[Tensor, " N"] | None) -> "Routing":
+        """Return the routing whose token n is routed as token `index[n]` of this one."""
+        return replace(
+            self,
+            logits=self.logits[index],
+            probs=self.probs[index],
+            weights=self.weights[index],
+            token_mask=token_mask,
         )
 
 
-def _flatten(routing: Routing) -> tuple[list[Tensor | None], int]:
+def _flatten(routing: Routing) -> tuple[list[Tensor | None], tuple[int, int]]:
     tensors = [routing.logits, routing.probs, routing.weights, routing.token_mask]
-    return tensors, routing.max_active
+    return tensors, (routing.max_active, routing.null_experts)
 
 
-def _unflatten(tensors: Iterable[Any], max_active: Any) -> Routing:
+def _unflatten(tensors: Iterable[Any], sizes: Any) -> Routing:
     logits, probs, weights, mask = tensors
+    max_active, null_experts = sizes
     return Routing(
-        logits=logits, probs=probs, weights=weights, max_active=max_active, token_mask=mask
+        logits=logits,
+        probs=probs,
+        weights=weights,
+        max_active=max_active,
+        token_mask=mask,
+        null_experts=null_experts,
     )
 
 

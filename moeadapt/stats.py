@@ -1,6 +1,6 @@
 """What a routing says about itself: pure functions, real tokens only.
 
-Letters: T tokens, E experts, L balance losses.
+Letters: T tokens, E experts, W experts and null experts, L balance losses.
 """
 
 from collections.abc import Sequence
@@ -35,19 +35,26 @@ def token_mean(values: Float[Tensor, "T ..."], routing: Routing) -> Float[Tensor
 
 
 def active(routing: Routing) -> Float[Tensor, " T"]:
-    """Experts in use per token."""
-    return (routing.weights != 0).to(routing.probs.dtype).sum(-1)
+    """Experts in use per token, null experts left out."""
+    return (routing.expert_weights != 0).to(routing.probs.dtype).sum(-1)
 
 
-def importance(routing: Routing) -> Float[Tensor, " E"]:
+def importance(routing: Routing) -> Float[Tensor, " W"]:
     """Mean probability of each expert: sums to one, differentiable."""
     return token_mean(routing.probs, routing)
 
 
-def load(routing: Routing) -> Float[Tensor, " E"]:
-    """Share of the used slots that each expert gets: sums to one, not differentiable."""
+def load(routing: Routing) -> Float[Tensor, " W"]:
+    """Share of the used slots that each expert gets: sums to one, not differentiable.
+
+    Null experts are alike, so each is given their average.
+    """
     used = token_sum((routing.weights.detach() != 0).to(routing.probs.dtype), routing)
-    return used / used.sum().clamp(min=1)
+    share = used / used.sum().clamp(min=1)
+    if not routing.null_experts:
+        return share
+    own, null = share.split([routing.num_experts, routing.null_experts])
+    return torch.cat([own, null.mean().expand_as(null)])
 
 
 def entropy(routing: Routing) -> Float[Tensor, " T"]:
@@ -65,6 +72,7 @@ class RouterStats:
         importance: mean probability per expert.
         entropy: mean token entropy, in nats.
         active: mean experts in use per token.
+        null_share: share of all slots, null ones included, that null experts took.
         losses: mean of each balance loss before its coefficient, in the order of `pack`.
     """
 
@@ -74,11 +82,20 @@ class RouterStats:
     entropy: float
     active: float
     losses: tuple[float, ...]
+    null_share: float = 0.0
 
 
-def packed_size(num_experts: int, num_losses: int) -> int:
-    """Length of the vector that `pack` returns."""
-    return 3 + 2 * num_experts + num_losses
+def packed_size(width: int, num_losses: int) -> int:
+    """Length of the vector that `pack` returns; `width` counts experts and null experts."""
+    return 3 + 2 * width + num_losses
+
+
+def packed_uses(
+    packed: Float[Tensor, " S"], num_losses: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, " W"]]:
+    """Return the real tokens, and the uses of each expert, of a sum of `pack` vectors."""
+    width = (len(packed) - packed_size(0, num_losses)) // 2
+    return packed[1 + num_losses], packed[3 + num_losses :][:width]
 
 
 def pack(routing: Routing, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor, " S"]:
@@ -95,18 +112,20 @@ def pack(routing: Routing, losses: Sequence[Float[Tensor, ""]]) -> Float[Tensor,
         return torch.cat([torch.stack(once), sums]).float()
 
 
-def unpack(packed: Float[Tensor, " S"], num_losses: int) -> RouterStats:
+def unpack(packed: Float[Tensor, " S"], num_losses: int, null_experts: int = 0) -> RouterStats:
     """Turn a sum of `pack` vectors into averages."""
     values = packed.detach().double().cpu()
-    num_experts = (len(values) - packed_size(0, num_losses)) // 2
-    sizes = [1, num_losses, 1, 1, num_experts, num_experts]
+    width = (len(values) - packed_size(0, num_losses)) // 2
+    sizes = [1, num_losses, 1, 1, width, width]
     forwards, losses, tokens, nats, used, probs = values.split(sizes)
     count = tokens.clamp(min=1)
+    real = used[: width - null_experts]
     return RouterStats(
         tokens=float(tokens),
-        load=used / used.sum().clamp(min=1),
-        importance=probs / count,
+        load=real / real.sum().clamp(min=1),
+        importance=probs[: width - null_experts] / count,
         entropy=float(nats / count),
-        active=float(used.sum() / count),
+        active=float(real.sum() / count),
         losses=tuple((losses / forwards.clamp(min=1)).tolist()),
+        null_share=float(used[width - null_experts :].sum() / used.sum().clamp(min=1)),
     )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeadapt.balance import Mixture
 from moeadapt.experts import EXPERTS, BankSize, ExpertBank
 from moeadapt.experts.base import Init
 from moeadapt.routers import ROUTERS, Router
@@ -15,7 +16,17 @@ from moeadapt.routing import Routing, TokenContext
 
 T, D, OUT, E, R = 7, 8, 5, 4, 3
 
-ALL_REAL = TokenContext()
+
+def context(tokens: int = T, mask: Tensor | None = None) -> TokenContext:
+    """Return everything a router may ask for: one sequence, token ids that differ."""
+    return TokenContext(
+        mask=mask,
+        sequences=torch.zeros(tokens, dtype=torch.int64),
+        token_ids=torch.arange(tokens),
+    )
+
+
+ALL_REAL = context()
 
 
 def hidden(tokens: int = T, dim: int = D) -> Tensor:
@@ -88,3 +99,8 @@ def collapsed(k: int = 1, num_experts: int = E, tokens: int = T, logit: float = 
     weights = torch.zeros_like(logits)
     weights[:, :k] = 1 / k
     return routing_of(logits, weights, k)
+
+
+def mixture_of(router: Any = "top_k", bank: Any = "lora") -> Mixture:
+    """Return what a loss may look at besides a routing."""
+    return Mixture(router=make_router(router), banks=[make_bank(bank)], hidden=hidden())

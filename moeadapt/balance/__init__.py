@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from moeadapt.balance.base import BalanceConfig
+from moeadapt.balance.base import BalanceConfig, Mixture
 from moeadapt.balance.switch import SwitchConfig
 from moeadapt.balance.z_loss import ZLossConfig
 from moeadapt.errors import ConfigError
@@ -48,4 +48,4 @@ def parse_balance(spec: object) -> dict[str, BalanceConfig]:
     return losses
 
 
-__all__ = ["BALANCE", "BalanceConfig", "parse_balance"]
+__all__ = ["BALANCE", "BalanceConfig", "Mixture", "parse_balance"]

@@ -9,13 +9,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeadapt import stats
-from moeadapt.balance.base import BalanceConfig
+from moeadapt.balance.base import BalanceConfig, Mixture
 from moeadapt.routing import Routing
 
 
 class SwitchConfig(BalanceConfig):
     """E * sum over experts of load * importance."""
 
-    def loss(self, routing: Routing) -> Float[Tensor, ""]:
+    def loss(self, routing: Routing, mixture: Mixture) -> Float[Tensor, ""]:
         """See `BalanceConfig.loss`."""
-        return routing.num_experts * (stats.load(routing) * stats.importance(routing)).sum()
+        return routing.logits.shape[-1] * (stats.load(routing) * stats.importance(routing)).sum()

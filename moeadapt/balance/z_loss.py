@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeadapt import stats
-from moeadapt.balance.base import BalanceConfig
+from moeadapt.balance.base import BalanceConfig, Mixture
 from moeadapt.routing import Routing
 
 
 class ZLossConfig(BalanceConfig):
     """Mean over tokens of logsumexp(logits)^2."""
 
-    def loss(self, routing: Routing) -> Float[Tensor, ""]:
+    def loss(self, routing: Routing, mixture: Mixture) -> Float[Tensor, ""]:
         """See `BalanceConfig.loss`."""
         return stats.token_mean(routing.logits.logsumexp(-1).square(), routing)

@@ -113,6 +113,10 @@ class ExpertBank(ABC):
     def make_factors(cls, size: BankSize, init: Init) -> dict[str, Factor]:
         """Allocate and initialise fresh factors."""
 
+    def costs(self) -> tuple[float, ...]:
+        """Return what each routed expert costs, relative to the dearest one."""
+        return (1.0,) * self.size.num_experts
+
     @abstractmethod
     def down(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T R"]:
         """Project tokens onto the gated axis."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k
+from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -33,21 +33,28 @@ class RandomConfig(LinearRouterConfig):
     def build(self, dim: int, num_experts: int) -> "RandomRouter":
         """See `RouterConfig.build`."""
         self.check(num_experts)
-        return RandomRouter(self, dim, num_experts, max_active=self.k, sums_to_one=True)
+        return RandomRouter(self, dim, num_experts)
 
 
 class RandomRouter(LinearRouter):
     """Top-k over the logits of a frozen random gate, weights renormalised."""
 
+    config: RandomConfig
+    k: int
+
+    def __init__(self, config: RandomConfig, dim: int, num_experts: int) -> None:
+        """Make the gate."""
+        super().__init__(config, dim, num_experts, max_active=config.k, sums_to_one=True)
+        self.k = config.k
+
     def forward(self, hidden: Float[Tensor, "T D"], tokens: TokenContext) -> Routing:
         """See `Router.forward`."""
         logits_TE = self.logits(hidden)
         probs_TE = logits_TE.softmax(-1)
-        weights_TE = probs_TE * select_top_k(logits_TE.detach(), self.max_active)
-        return Routing(
+        weights_TE = probs_TE * select_top_k(logits_TE.detach(), self.k)
+        return self.routing(
+            tokens,
             logits=logits_TE,
             probs=probs_TE,
-            weights=weights_TE / weights_TE.sum(-1, keepdim=True),
-            max_active=self.max_active,
-            token_mask=tokens.mask,
+            weights=renormalize(weights_TE),
         )

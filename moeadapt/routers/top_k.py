@@ -1,10 +1,12 @@
 """Top-k routing: each token uses its k most probable experts.
 
-Letters: T tokens, D width, E experts.
+Letters: T tokens, D width, E experts, W experts and null experts.
 
 Source: Shazeer et al. 2017, https://arxiv.org/abs/1701.06538, eq. 3-5 (softplus noise); Mixtral,
 https://arxiv.org/abs/2401.04088, section 2.1 (softmax over the chosen logits = `renorm`); Switch,
-https://arxiv.org/abs/2101.03961, section 2.2 (jitter).
+https://arxiv.org/abs/2101.03961, section 2.2 (jitter); AdaMoE, Zeng et al. 2024,
+https://arxiv.org/abs/2406.13233, section 3.2 (null experts: the weights of the other chosen
+experts are normalised among themselves).
 """
 
 import warnings
@@ -16,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k
+from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -24,7 +26,9 @@ class TopKConfig(LinearRouterConfig):
     """Each token uses its `k` most probable experts.
 
     Attributes:
-        k: experts per token, 1 to the number of experts.
+        k: experts per token, 1 to the number of experts, null experts included.
+        null_experts: further experts that change nothing, >= 0: a token that chooses some of them
+            uses fewer of the others, and none at all if it chooses nothing else.
         normalize: `renorm` divides the chosen probabilities by their sum, `topk_softmax` takes the
             softmax of the chosen logits (the same numbers), `none` keeps the probabilities. With
             `k=1` a renormalised weight is constantly 1 and never trains the router, so the default
@@ -42,6 +46,7 @@ class TopKConfig(LinearRouterConfig):
     noise: Literal["none", "gaussian", "softplus"] = "none"
     noise_std: Annotated[float, Field(gt=0.0)] = 1.0
     jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    null_experts: Annotated[int, Field(ge=0)] = 0
 
     def resolved_normalize(self) -> str:
         """`normalize`, or the default for this `k`."""
@@ -49,7 +54,7 @@ class TopKConfig(LinearRouterConfig):
 
     def check(self, num_experts: int) -> None:
         """See `RouterConfig.check`."""
-        check_k("top_k", self.k, num_experts)
+        check_k("top_k", self.k, num_experts + self.null_experts)
         if self.k == 1 and self.resolved_normalize() != "none" and not self.freeze:
             warnings.warn(
                 f"router 'top_k' with k=1 and normalize={self.normalize!r} gives every token the "
@@ -67,46 +72,59 @@ class TopKRouter(LinearRouter):
     """Softmax over all experts, keep the `k` largest, lowest index first among equals."""
 
     config: TopKConfig
+    k: int
+    ranks_with_bias = True
 
     def __init__(self, config: TopKConfig, dim: int, num_experts: int) -> None:
         """Make the gate, and the noise gate if the noise is learned."""
         normalized = config.resolved_normalize() != "none"
-        super().__init__(config, dim, num_experts, max_active=config.k, sums_to_one=normalized)
+        super().__init__(
+            config,
+            dim,
+            num_experts,
+            max_active=min(config.k, num_experts),
+            sums_to_one=normalized and not config.null_experts,
+            null_experts=config.null_experts,
+        )
+        self.k = config.k
         learned = config.noise == "softplus"
-        self.noise_weight = nn.Parameter(torch.zeros(num_experts, dim)) if learned else None
+        self.noise_weight = nn.Parameter(torch.zeros(self.width, dim)) if learned else None
 
     def forward(self, hidden: Float[Tensor, "T D"], tokens: TokenContext) -> Routing:
         """See `Router.forward`."""
         if self.training and self.config.jitter:
             low, high = 1.0 - self.config.jitter, 1.0 + self.config.jitter
             hidden = hidden * torch.empty_like(hidden).uniform_(low, high)
-        logits_TE = self.logits(hidden)
+        logits_TW = self.logits(hidden)
         if self.training and self.config.noise != "none":
-            logits_TE = logits_TE + self._noise(hidden, logits_TE)
-        probs_TE = logits_TE.softmax(-1)
-        chosen_TE = select_top_k(logits_TE.detach(), self.config.k)
+            logits_TW = logits_TW + self._noise(hidden, logits_TW)
+        probs_TW = logits_TW.softmax(-1)
+        # Softmax keeps the order, so without a bias the logits rank as the probabilities do.
+        scores_TW = logits_TW if self.selection_bias is None else probs_TW
+        chosen_TW = select_top_k(self.ranked(scores_TW), self.k)
         if self.config.resolved_normalize() == "topk_softmax":
-            weights_TE = logits_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
+            weights_TW = logits_TW.masked_fill(~chosen_TW, -torch.inf).softmax(-1)
         else:
-            weights_TE = probs_TE * chosen_TE
-            if self.sums_to_one:
-                weights_TE = weights_TE / weights_TE.sum(-1, keepdim=True)
-        return Routing(
-            logits=logits_TE,
-            probs=probs_TE,
-            weights=weights_TE,
-            max_active=self.max_active,
-            token_mask=tokens.mask,
-        )
+            weights_TW = probs_TW * chosen_TW
+        if self.config.resolved_normalize() != "none":
+            weights_TW = self._among_experts(weights_TW)
+        return self.routing(tokens, logits=logits_TW, probs=probs_TW, weights=weights_TW)
+
+    def _among_experts(self, weights: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:
+        """Normalise the weights of the experts, whatever the null experts take."""
+        if not self.null_experts:
+            return renormalize(weights)
+        own, null = weights.split([self.num_experts, self.null_experts], -1)
+        return torch.cat([renormalize(own), null], -1)
 
     def _noise(
-        self, hidden: Float[Tensor, "T D"], logits: Float[Tensor, "T E"]
-    ) -> Float[Tensor, "T E"]:
-        noise_TE = torch.randn_like(logits) * self.config.noise_std
+        self, hidden: Float[Tensor, "T D"], logits: Float[Tensor, "T W"]
+    ) -> Float[Tensor, "T W"]:
+        noise_TW = torch.randn_like(logits) * self.config.noise_std
         if self.noise_weight is None:
-            return noise_TE
+            return noise_TW
         if self.config.input == "stop_gradient":
             hidden = hidden.detach()
         with torch.autocast(hidden.device.type, enabled=False):
-            scale_TE = F.linear(hidden.to(logits.dtype), self.noise_weight.to(logits.dtype))
-            return noise_TE * F.softplus(scale_TE)
+            scale_TW = F.linear(hidden.to(logits.dtype), self.noise_weight.to(logits.dtype))
+            return noise_TW * F.softplus(scale_TW)

@@ -21,7 +21,8 @@ class MoeAdaptCallback(TrainerCallback):
     2. Before each optimizer step: the scale of the auxiliary losses, exact also for the last,
        shorter accumulation of an epoch. Only where the data has no length is that accumulation
        weighted like the others, and it is said once.
-    3. At each log of the loss: `moe/` metrics beside it (see `router_metrics`). Reporters read the
+    3. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
+    4. At each log of the loss: `moe/` metrics beside it (see `router_metrics`). Reporters read the
        logs in the order of the callbacks, so this one moves itself to the front.
 
     Raises:
@@ -108,6 +109,13 @@ class MoeAdaptCallback(TrainerCallback):
             if self._updates_left == 0:
                 steps = self._epoch_length % steps or steps
         self._session.set_scale(getattr(optimizer, "scaler", None), steps)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Let routers and losses follow the optimizer step."""
+        assert self._session is not None
+        self._session.after_step()
 
     def on_log(
         self,

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from moeadapt.training.param_groups import split_router_params
 from moeadapt.training.session import Session, check_setup, require_adapter, restore_routers
@@ -20,7 +21,8 @@ class MoETrainerMixin(_Trainer):
     1. `train`: routers are float32 again before the optimizer and any wrapper are made.
     2. `training_step`: the scale of the auxiliary losses, exact for every micro-batch, the last,
        shorter accumulation of an epoch included.
-    3. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`.
+    3. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
+    4. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`.
 
     Raises:
         ConfigError: the model has no mixture of LoRA experts.
@@ -52,6 +54,7 @@ class MoETrainerMixin(_Trainer):
         self._router_options = (router_learning_rate, router_weight_decay)
         super().__init__(*args, **kwargs)
         require_adapter(self.model)
+        self.add_callback(_AfterStep(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
@@ -86,8 +89,24 @@ class MoETrainerMixin(_Trainer):
         self._session.set_scale(self.accelerator.scaler, steps)
         return super().training_step(model, inputs, num_items_in_batch)
 
+    def after_optimizer_step(self) -> None:
+        """Follow an optimizer step of the trainer."""
+        if self._session is not None:
+            self._session.after_step()
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """See `transformers.Trainer.log`; all processes call it, as the trainer does."""
         if self._session is not None and "loss" in logs:
             logs.update(self._session.metrics())
         super().log(logs, *args, **kwargs)
+
+
+class _AfterStep(TrainerCallback):
+    """Tells a trainer of the one event it has no method for."""
+
+    def __init__(self, trainer: MoETrainerMixin) -> None:
+        self._trainer = trainer
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """See `TrainerCallback.on_optimizer_step`."""
+        self._trainer.after_optimizer_step()

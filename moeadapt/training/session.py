@@ -11,7 +11,12 @@ from moeadapt.errors import ConfigError, TrainingError
 from moeadapt.routers import Router
 from moeadapt.training.metrics import router_metrics
 from moeadapt.tuner.context import RoutingContext, find_context
-from moeadapt.tuner.inspect import balance_of, pop_router_stats, prepare_stats
+from moeadapt.tuner.inspect import (
+    after_optimizer_step,
+    balance_of,
+    pop_router_stats,
+    prepare_stats,
+)
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 """Here parameters are not whole tensors, and the wrapper keeps its own float32 copy of them."""
@@ -41,6 +46,10 @@ class Session:
         """Return `router_metrics` since the last call, over all processes; each must call it."""
         stats = pop_router_stats(self.model, reduce=_sum_over_processes)
         return router_metrics(stats, balance_of(self.model))
+
+    def after_step(self) -> None:
+        """Run what follows an optimizer step, over all processes; each must call it."""
+        after_optimizer_step(self.model, _sum_over_processes)
 
     def end(self) -> None:
         """Withdraw the scale, so that another training loop is noticed again."""

@@ -54,11 +54,11 @@ class Block:
         for adapter, owner in self.owners.items():
             if owner.disable_adapters or adapter not in owner.active_adapters:
                 continue
-            router = owner.moe_heads[adapter].router
-            weights = owner.moe_heads[adapter](hidden)
+            head = owner.moe_heads[adapter]
+            weights = head(hidden)
             if owner.moe_plans[adapter].placement == "ffn":
                 self._slots[adapter] = Slots.of(
-                    weights, router.max_active, sums_to_one=router.sums_to_one
+                    weights, head.router.max_active, sums_to_one=head.sums_to_one
                 )
             else:
                 self._weights[adapter] = weights

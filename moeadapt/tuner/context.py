@@ -4,26 +4,20 @@ A plain object, not a module: it owns no tensor of the adapter and is never save
 pickled with the model, without anything that belongs to a running forward.
 """
 
-import inspect
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from moeadapt.errors import TrainingError
 from moeadapt.routing import Routing, TokenContext
+from moeadapt.tuner.decisions import keep
+from moeadapt.tuner.frame import Frame, same
 
 if TYPE_CHECKING:
     from moeadapt.tuner.block import Block
     from moeadapt.tuner.head import RouterHead
-
-
-class Frame(NamedTuple):
-    """One forward of the whole model: the module that was called, and its 2-D padding mask."""
-
-    module_id: int
-    mask: Tensor | None
 
 
 class RoutingContext:
@@ -103,17 +97,10 @@ class RoutingContext:
     # --- the running forward
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the base model and its backbone: remember the padding mask."""
+        """Forward pre-hook of the base model and its backbone: remember what it was given."""
         if self.frame is not None and self.frame.module_id != id(module):
             return  # the backbone inside a call of the model: the outer mask is the 2-D one
-        mask = kwargs.get("attention_mask")
-        if mask is None and args:
-            names = list(inspect.signature(module.forward).parameters)
-            position = names.index("attention_mask") if "attention_mask" in names else len(args)
-            mask = args[position] if position < len(args) else None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:  # noqa: PLR2004
-            mask = None
-        self.frame = Frame(id(module), mask)
+        self.frame = Frame.of(module, args, kwargs)
         if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():
             waiting = [] if self._backward_seen else self.pending
             self._forgotten = len(waiting) >= _MOST_PENDING
@@ -130,55 +117,49 @@ class RoutingContext:
         self._backward_seen = True
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any = None) -> None:
-        """Forward hook: the mask of this forward must not meet a later one."""
+        """Forward hook: what this forward was given must not meet a later one."""
         if self.frame is not None and self.frame.module_id == id(module):
+            if self.frame.decisions:
+                keep(self.frame, getattr(output, "past_key_values", None))
             self.frame = None
 
-    def tokens(self, hidden: Tensor) -> TokenContext:
-        """Return what is known about the tokens of `hidden` [..., D], flattened."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return TokenContext(mask=self._recomputed_mask(hidden))
-        return TokenContext(mask=None if self.frame is None else _fit(self.frame.mask, hidden))
+    def tokens(self, hidden: Tensor, needs: frozenset[str] = frozenset()) -> TokenContext:
+        """Return what is known about the tokens of `hidden` [..., D], flattened.
 
-    def _recomputed_mask(self, hidden: Tensor) -> Tensor | None:
-        """Return the mask of the forward that gradient checkpointing is repeating.
+        Args:
+            hidden: the hidden states to route.
+            needs: fields of `TokenContext` that must be known, besides the mask.
+
+        Raises:
+            UnsupportedError: something needed is unknown.
+            TrainingError: see `_recomputed`.
+        """
+        if self.recomputes():
+            return self._recomputed(hidden, needs)
+        frame = self.frame or Frame(module_id=0)
+        return frame.tokens(hidden, needs)
+
+    def recomputes(self) -> bool:
+        """Whether a backward is running, so that gradient checkpointing repeats a forward."""
+        return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+    def _recomputed(self, hidden: Tensor, needs: frozenset[str]) -> TokenContext:
+        """Return the context of the forward that gradient checkpointing is repeating.
 
         Raises:
             TrainingError: several forwards with different masks wait for this backward.
         """
         self._backward_seen = True
-        masks = [_fit(frame.mask, hidden) for frame in self.pending]
-        # A mask of another shape belongs to another forward.
-        masks = [
-            m
-            for m, frame in zip(masks, self.pending, strict=True)
-            if frame.mask is None or m is not None
-        ]
-        if self._forgotten or any(not _same(mask, masks[0]) for mask in masks[1:]):
+        # A frame of another shape belongs to another forward.
+        found = [frame.tokens(hidden, needs) for frame in self.pending if frame.fits(hidden)]
+        if self._forgotten or any(not same(other, found[0]) for other in found[1:]):
             raise TrainingError(
-                "several training forwards with different padding masks wait for one backward, and "
-                "gradient checkpointing cannot tell the routers which one it repeats. Run backward "
-                "after each forward, put them into one batch, or turn checkpointing off."
+                "several training forwards with different padding masks (or, for routers that look "
+                "at them, sequences or token ids) wait for one backward, and gradient "
+                "checkpointing cannot tell the routers which one it repeats. Run backward after "
+                "each forward, put them into one batch, or turn checkpointing off."
             )
-        return masks[0] if masks else None
-
-
-def _fit(mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-    """Flatten the part of a 2-D mask that covers the tokens of `hidden`; None: it does not fit."""
-    if mask is None:
-        return None
-    if hidden.dim() == 3 and hidden.shape[0] == mask.shape[0]:  # noqa: PLR2004
-        length = hidden.shape[1]
-        if length <= mask.shape[1]:
-            # With a KV cache the mask also covers the past: its tail is what runs now.
-            return mask[:, mask.shape[1] - length :].reshape(-1).bool()
-    if hidden.dim() == 2 and hidden.shape[0] == mask.numel():  # noqa: PLR2004
-        return mask.reshape(-1).bool()
-    return None
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+        return found[0] if found else Frame(module_id=0).tokens(hidden, needs)
 
 
 # Without checkpointing nobody asks for them, so only a few are kept.

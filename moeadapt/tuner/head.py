@@ -3,18 +3,22 @@
 Letters: T tokens, D width, E experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moeadapt import aux_loss, stats
-from moeadapt.balance import BalanceConfig
-from moeadapt.routers import Router
+from moeadapt.balance import BalanceConfig, Mixture
+from moeadapt.errors import UnsupportedError
+from moeadapt.experts import ExpertBank
+from moeadapt.routers import Router, route
 from moeadapt.routing import Routing
 from moeadapt.tuner.context import RoutingContext
+from moeadapt.tuner.decisions import decide_once
 
 
 class RouterHead:
@@ -26,6 +30,8 @@ class RouterHead:
     Attributes:
         name: path of the layer or block it routes for.
         balance: the losses it attaches, by name.
+        banks: the experts it routes to, those that see its hidden states first.
+        expert_dropout: share of the weights set to zero in training, the others scaled up.
     """
 
     def __init__(
@@ -42,36 +48,78 @@ class RouterHead:
         self._routers = routers
         self._adapter = adapter
         self._context = context
+        self.banks: list[ExpertBank] = []
+        self.expert_dropout = 0.0
         self._sink: Tensor | None = None
+        self._seen: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Counts belong to this run, not to a copy."""
-        return {**self.__dict__, "_sink": None}
+        return {**self.__dict__, "_sink": None, "_seen": None}
 
     @property
     def router(self) -> Router:
         """The router module."""
         return self._routers[self._adapter]  # type: ignore[return-value]
 
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether each token's weights sum to one."""
+        return self.router.sums_to_one and not self.expert_dropout
+
     def __call__(self, hidden: Float[Tensor, "*T D"]) -> Float[Tensor, "T E"]:
-        """Return the weights of `hidden`'s tokens, with the balance losses attached."""
+        """Return the weights of `hidden`'s tokens, with the balance losses attached.
+
+        Raises:
+            UnsupportedError: tokens are generated with a router that looks ahead.
+        """
         router = self.router
-        routing = router(hidden.reshape(-1, hidden.shape[-1]), self._context.tokens(hidden))
+        routing = self._route(router, hidden)
         collected = self._context.collected
         if collected is not None and not torch.compiler.is_compiling():
             collected.setdefault(self.name, []).append(routing.detach())
-        if router.training and torch.is_grad_enabled():
-            return self._attach(routing, hidden)
-        return routing.weights
+        weights = routing.expert_weights
+        if not (router.training and torch.is_grad_enabled()):
+            return weights
+        if self.expert_dropout:
+            weights = F.dropout(weights, self.expert_dropout)
+        return self._attach(weights, routing, hidden)
 
-    def _attach(self, routing: Routing, hidden: Tensor) -> Float[Tensor, "T E"]:
-        losses = [config.loss(routing) for config in self.balance.values()]
-        total = routing.weights.new_zeros(())
+    def _route(self, router: Router, hidden: Float[Tensor, "*T D"]) -> Routing:
+        frame = self._context.frame
+        if not router.causal and frame is not None and frame.generates:
+            raise UnsupportedError(
+                f"{type(router).__name__} cannot generate: it routes a token by the tokens that "
+                "follow it, which do not exist yet. Use it for training analyses and encoders; "
+                "to generate, train with a router that decides per token, such as top_k."
+            )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        tokens = self._context.tokens(hidden, router.all_needs())
+        if (
+            router.per == "sequence"
+            and frame is not None
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        ):
+            key = f"{self._adapter}/{self.name}"
+            return decide_once(frame, key, hidden, lambda: route(router, flat, tokens))
+        return route(router, flat, tokens)
+
+    def _attach(
+        self, weights: Float[Tensor, "T E"], routing: Routing, hidden: Tensor
+    ) -> Float[Tensor, "T E"]:
+        mixture = Mixture(
+            router=self.router,
+            banks=self.banks,
+            hidden=hidden.reshape(-1, hidden.shape[-1]),
+        )
+        losses = [config.loss(routing, mixture) for config in self.balance.values()]
+        total = weights.new_zeros(())
         for config, loss in zip(self.balance.values(), losses, strict=True):
-            total = total + config.coef * loss
+            total = total + config.coefficient(mixture.router) * loss
         if total.requires_grad:
             self._context.check_scale(hidden, self.router)
-        sink = self.sink(routing.weights.device)
+        sink = self.sink(weights.device)
         if sink is None:
             sink = torch.zeros_like(total)
             packed = sink
@@ -79,7 +127,7 @@ class RouterHead:
             packed = stats.pack(routing, losses)
         share = len(self._context.heads[self._adapter])
         weights = aux_loss.attach(
-            routing.weights,
+            weights,
             total / share,
             scale=self._context.scale(total.device),
             stats=packed,
@@ -96,7 +144,7 @@ class RouterHead:
         if self._sink is None or self._sink.device != device:
             if torch.compiler.is_compiling():
                 return None
-            size = stats.packed_size(self.router.num_experts, len(self.balance))
+            size = stats.packed_size(self.router.width, len(self.balance))
             self._sink = torch.zeros(size, device=device, requires_grad=True)
         return self._sink
 
@@ -104,5 +152,29 @@ class RouterHead:
         """Return the sum of all counts since the last call, still on the device, and reset it."""
         if self._sink is None or self._sink.grad is None:
             return None
-        counts, self._sink.grad = self._sink.grad, None
+        counts, self._sink.grad, self._seen = self._sink.grad, None, None
         return counts
+
+    def step_counts(self) -> Float[Tensor, " S"] | None:
+        """Return the counts since the last call or `pop_counts`, without resetting them."""
+        if self._sink is None or self._sink.grad is None:
+            return None
+        seen, self._seen = self._seen, self._sink.grad.clone()
+        return self._seen if seen is None else self._seen - seen
+
+    @property
+    def acts_after_step(self) -> bool:
+        """Whether something of this router changes after an optimizer step."""
+        return self.router.acts_after_step or any(c.acts_after_step for c in self.balance.values())
+
+    def after_step(self, counts: Float[Tensor, " S"], reduce: Callable[[Tensor], Tensor]) -> None:
+        """Let losses and router change what gradients do not train.
+
+        Args:
+            counts: the counts of this optimizer step, over all processes.
+            reduce: sums a tensor over all processes, each of which calls it.
+        """
+        tokens, uses = stats.packed_uses(counts, len(self.balance))
+        for config in self.balance.values():
+            config.after_step(self.router, tokens, uses)
+        self.router.after_step(uses, reduce)

@@ -90,8 +90,7 @@ def pop_router_stats(
     if reduce is None:
         counts = {name: packed for name, packed in counts.items() if packed is not None}
     sizes = [
-        stats.packed_size(heads[name].router.num_experts, len(heads[name].balance))
-        for name in counts
+        stats.packed_size(heads[name].router.width, len(heads[name].balance)) for name in counts
     ]
     if not sizes:
         return {}
@@ -105,10 +104,35 @@ def pop_router_stats(
     )
     together = (together if reduce is None else reduce(together)).cpu()
     return {
-        name: stats.unpack(packed, len(heads[name].balance))
+        name: stats.unpack(packed, len(heads[name].balance), heads[name].router.null_experts)
         for name, packed in zip(counts, together.split(sizes), strict=True)
         if packed[0] > 0  # forwards
     }
+
+
+def after_optimizer_step(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+    """Change what gradients do not train: selection biases, adaptive coefficients, live experts.
+
+    Does nothing, and does not communicate, where no router or loss asks for it.
+
+    Args:
+        model: the model, in any wrapper.
+        reduce: sums a tensor over all processes, each of which must call this function.
+    """
+    heads = [head for head in _heads(model).values() if head.acts_after_step]
+    if not heads:
+        return
+    device = next(model.parameters()).device
+    counts = [head.step_counts() for head in heads]
+    sizes = [stats.packed_size(head.router.width, len(head.balance)) for head in heads]
+    together = torch.cat(
+        [
+            torch.zeros(size, device=device) if packed is None else packed.to(device)
+            for packed, size in zip(counts, sizes, strict=True)
+        ]
+    )
+    for head, packed in zip(heads, reduce(together).split(sizes), strict=True):
+        head.after_step(packed, reduce)
 
 
 def balance_of(model: nn.Module) -> dict[str, dict[str, BalanceConfig]]:

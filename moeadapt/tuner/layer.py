@@ -11,6 +11,7 @@ from moeadapt.dispatch import contract, expand, mix
 from moeadapt.errors import UnsupportedError
 from moeadapt.experts import FACTOR_NAMES, BankSize, ExpertBank
 from moeadapt.experts.base import Init
+from moeadapt.routers import LinearRouter
 from moeadapt.tuner.block import Block
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import RoutingContext
@@ -72,20 +73,29 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self.moe_plans[adapter] = plan
         if config.lora_dropout > 0:
             self.moe_dropout[adapter] = nn.Dropout(config.lora_dropout)
+        bank = self.moe_banks[adapter]
         if plan.block is not None:
             block = self._context.blocks.setdefault(plan.block.path, Block(plan.block))
             self.moe_blocks[adapter] = block
             if adapter not in block.owners:
                 block.owners[adapter] = self
                 self._add_router(adapter, config, plan.block.path, plan.block.dim)
+            block.owners[adapter].moe_heads[adapter].banks.append(bank)
         elif plan.placement == "linear":
             self._add_router(adapter, config, plan.key, self.in_features)
+            self.moe_heads[adapter].banks.append(bank)
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _add_router(self, adapter: str, config: MoeLoraConfig, name: str, dim: int) -> None:
         routers = self._routers()
-        routers[adapter] = config.router_config.build(dim, config.num_experts)
+        router = config.router_config.build(dim, self.moe_banks[adapter].size.num_experts)
+        if isinstance(router, LinearRouter):
+            router.set_costs(self.moe_banks[adapter].costs())
+        for loss in config.balance_configs.values():
+            loss.check(router)
+            loss.prepare(router)
+        routers[adapter] = router
         head = RouterHead(name, routers, adapter, config.balance_configs, self._context)
         self.moe_heads[adapter] = head
         self._context.heads.setdefault(adapter, {})[name] = head
