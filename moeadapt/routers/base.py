@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from moeadapt.errors import ConfigError
 from moeadapt.registry import ComponentConfig
+from moeadapt.routers.scheduled import Scheduled
 from moeadapt.routing import Routing, TokenContext
 
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -185,7 +186,7 @@ class LinearRouterConfig(RouterConfig, ABC):
     cost_aware: Annotated[float, Field(ge=0.0)] = 0.0
 
 
-class LinearRouter(Router, ABC):
+class LinearRouter(Scheduled, Router, ABC):
     """A router with a gate: one linear map from the hidden state to E logits, in float32.
 
     Attributes:
@@ -227,10 +228,6 @@ class LinearRouter(Router, ABC):
     def set_costs(self, costs: tuple[float, ...]) -> None:
         """Say what each expert costs, relative to the dearest; read by `cost_aware`."""
         self.costs = costs if self.config.cost_aware else ()
-
-    def set_k(self, k: int) -> None:
-        """Use `k` experts per token from now on."""
-        self.k, self.max_active = k, min(k, self.num_experts)
 
     def features(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T D"]:
         """Return what the gate sees: `hidden`, normalised, at least float32."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeadapt.errors import ConfigError
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, renormalize
+from moeadapt.routers.base import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -100,7 +100,7 @@ class DynamicRouter(LinearRouter):
         return self.routing(
             tokens,
             logits=logits_TE,
-            probs=renormalize(scores_TE * self.alive),
+            probs=F.logsigmoid(logits_TE).masked_fill(~self.alive, -torch.inf).softmax(-1),
             weights=through_TE / count_T1,
         )
 

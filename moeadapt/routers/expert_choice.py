@@ -66,8 +66,8 @@ class ExpertChoiceRouter(LinearRouter):
         size_T = torch.zeros_like(sequences_T).index_add(0, sequences_T, real_T)
         room_T = (size_T * self.config.k / self.num_experts).ceil()
         # Sorted by score, then stably by sequence: each sequence is a run, its best token first.
-        by_score_TE = scores_TE.argsort(0, descending=True, stable=True)
-        run_TE = sequences_T[by_score_TE].argsort(0, stable=True)
+        by_score_TE = scores_TE.argsort(dim=0, descending=True, stable=True)
+        run_TE = sequences_T[by_score_TE].argsort(dim=0, stable=True)
         order_TE = by_score_TE.gather(0, run_TE)
         length_T = torch.zeros_like(sequences_T).index_add(
             0, sequences_T, torch.ones_like(sequences_T)

@@ -27,8 +27,8 @@ class GumbelConfig(LinearRouterConfig):
 
     def build(self, dim: int, num_experts: int) -> "GumbelRouter":
         """See `RouterConfig.build`."""
-        active = 1 if self.straight_through else num_experts
-        return GumbelRouter(self, dim, num_experts, max_active=active, sums_to_one=True)
+        # Also straight-through: its gradient needs the outputs of the experts not chosen.
+        return GumbelRouter(self, dim, num_experts, max_active=num_experts, sums_to_one=True)
 
 
 class GumbelRouter(LinearRouter):

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, renormalize
+from moeadapt.routers.base import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -53,20 +53,22 @@ class HierarchicalConfig(LinearRouterConfig):
 
 
 class HierarchicalRouter(LinearRouter):
-    """p(expert) = p(group) * p(expert | group); top-k on both levels."""
+    """p(expert) = p(group) * p(expert | group); top-k on both levels.
+
+    Each level is renormalised over what was chosen, except where that is a single one: its weight
+    would be 1 and never train the gate.
+    """
 
     config: HierarchicalConfig
 
     def __init__(self, config: HierarchicalConfig, dim: int, num_experts: int) -> None:
         """Make the gate of the experts and the gate of the groups."""
-        # A single choice that were renormalised would have weight 1 and never train the gates.
-        self.renorm = config.k_groups * config.k > 1
         super().__init__(
             config,
             dim,
             num_experts,
             max_active=config.k_groups * config.k,
-            sums_to_one=self.renorm,
+            sums_to_one=config.k_groups > 1 and config.k > 1,
         )
         self.group_weight = nn.Parameter(torch.empty(config.groups, dim))
         nn.init.normal_(self.group_weight, std=config.init_std)
@@ -77,14 +79,19 @@ class HierarchicalRouter(LinearRouter):
         expert_TGM = self.logits(hidden).unflatten(-1, (config.groups, -1))
         group_TG = self.linear(hidden, self.group_weight) / self.temperature
         log_TGM = expert_TGM.log_softmax(-1) + group_TG.log_softmax(-1).unsqueeze(-1)
-        groups_TG = select_top_k(group_TG.detach(), config.k_groups)
-        inside = select_top_k(expert_TGM.detach().flatten(0, 1), config.k)
-        chosen_TGM = inside.view_as(expert_TGM) & groups_TG.unsqueeze(-1)
-        logits_TE, probs_TE = log_TGM.flatten(1), log_TGM.exp().flatten(1)
-        weights_TE = probs_TE * chosen_TGM.flatten(1)
+        groups_TG = self._choose(group_TG, config.k_groups)
+        inside_TGM = self._choose(expert_TGM.flatten(0, 1), config.k).view_as(expert_TGM)
+        weights_TGM = groups_TG.unsqueeze(-1) * inside_TGM
         return self.routing(
             tokens,
-            logits=logits_TE,
-            probs=probs_TE,
-            weights=renormalize(weights_TE) if self.renorm else weights_TE,
+            logits=log_TGM.flatten(1),
+            probs=log_TGM.exp().flatten(1),
+            weights=weights_TGM.flatten(1),
         )
+
+    def _choose(self, logits: Float[Tensor, "N C"], k: int) -> Float[Tensor, "N C"]:
+        """Return the weights of one level."""
+        chosen = select_top_k(logits.detach(), k)
+        if k > 1:
+            return logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+        return logits.softmax(-1) * chosen

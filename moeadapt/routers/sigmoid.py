@@ -9,11 +9,13 @@ bias, which changes which experts are chosen but never their weights, comes with
 
 from typing import Annotated
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
+from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -57,12 +59,16 @@ class SigmoidRouter(LinearRouter):
         """See `Router.forward`."""
         logits_TE = self.logits(hidden)
         scores_TE = logits_TE.sigmoid()
-        weights_TE = scores_TE * select_top_k(self.ranked(scores_TE), self.k)
+        chosen_TE = select_top_k(self.ranked(scores_TE), self.k)
+        # A softmax of log-sigmoids divides by the sum even where every sigmoid is 0.
+        logs_TE = F.logsigmoid(logits_TE)
         if self.config.renorm:
-            weights_TE = renormalize(weights_TE)
+            weights_TE = logs_TE.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
+        else:
+            weights_TE = scores_TE * chosen_TE
         return self.routing(
             tokens,
             logits=logits_TE,
-            probs=renormalize(scores_TE),
+            probs=logs_TE.softmax(-1),
             weights=weights_TE if self.config.scale == 1.0 else weights_TE * self.config.scale,
         )

@@ -29,10 +29,10 @@ class SparsegenConfig(LinearRouterConfig):
     """Each token chooses how sparse its weights are.
 
     Attributes:
-        spread: initial value of 1 - lambda, > 0: larger uses more experts; 1 is sparsemax.
+        spread: initial value of 1 - lambda, > 0.001: larger uses more experts; 1 is sparsemax.
     """
 
-    spread: Annotated[float, Field(gt=0.0)] = 1.0
+    spread: Annotated[float, Field(gt=0.001)] = 1.0
 
     def build(self, dim: int, num_experts: int) -> "SparsegenRouter":
         """See `RouterConfig.build`."""
@@ -49,12 +49,14 @@ class SparsegenRouter(LinearRouter):
         super().__init__(config, dim, num_experts, max_active=num_experts, sums_to_one=True)
         self.spread_weight = nn.Parameter(torch.zeros(1, dim))
         # softplus(b) = spread
-        self.spread_bias = nn.Parameter(torch.full((1,), math.log(math.expm1(config.spread))))
+        self.spread_bias = nn.Parameter(
+            torch.full((1,), math.log(math.expm1(config.spread - _LEAST)))
+        )
 
     def forward(self, hidden: Float[Tensor, "T D"], tokens: TokenContext) -> Routing:
         """See `Router.forward`."""
         logits_TE = self.logits(hidden)
-        spread_T1 = F.softplus(self.linear(hidden, self.spread_weight, self.spread_bias))
+        spread_T1 = _LEAST + F.softplus(self.linear(hidden, self.spread_weight, self.spread_bias))
         return self.routing(
             tokens,
             logits=logits_TE,
@@ -69,13 +71,18 @@ def sparsegen(logits: Float[Tensor, "T E"], spread: Float[Tensor, "T 1"]) -> Flo
     The support is found by sorting; given the support, the weights are linear in the logits and
     smooth in the spread, and that is what is differentiated.
     """
+    logits = logits - logits.amax(-1, keepdim=True).detach()
     with torch.no_grad():
         sorted_TE = logits.sort(-1, descending=True).values
         count_E = torch.arange(1, logits.shape[-1] + 1, device=logits.device, dtype=logits.dtype)
         inside_TE = spread + count_E * sorted_TE > sorted_TE.cumsum(-1)
-        size_T1 = inside_TE.sum(-1, keepdim=True)
+        size_T1 = inside_TE.sum(-1, keepdim=True).clamp(min=1)  # none inside where logits are NaN
         least_T1 = sorted_TE.gather(-1, size_T1 - 1)
         support_TE = (logits >= least_T1).to(logits.dtype)
-        size_T1 = support_TE.sum(-1, keepdim=True)
+        size_T1 = support_TE.sum(-1, keepdim=True).clamp(min=1)
     tau_T1 = ((logits * support_TE).sum(-1, keepdim=True) - spread) / size_T1
     return F.relu(logits - tau_T1) * support_TE / spread
+
+
+# Sums of logits are compared with the spread, so it must not vanish beside their rounding.
+_LEAST = 0.001

@@ -26,10 +26,13 @@ class ThresholdConfig(LinearRouterConfig):
     Attributes:
         tau: the threshold; with `learned`, its maximum. In (0, 1); None: 1 / number of experts.
         learned: whether the threshold is predicted per token (AdaMoLE).
+        renorm: whether the weights are divided by their sum. A token with a single expert then
+            gives it the weight 1, which does not train the router.
     """
 
     tau: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     learned: bool = False
+    renorm: bool = True
 
     def build(self, dim: int, num_experts: int) -> "ThresholdRouter":
         """See `RouterConfig.build`."""
@@ -43,7 +46,9 @@ class ThresholdRouter(LinearRouter):
 
     def __init__(self, config: ThresholdConfig, dim: int, num_experts: int) -> None:
         """Make the gate, and the threshold's own if it is learned."""
-        super().__init__(config, dim, num_experts, max_active=num_experts, sums_to_one=True)
+        super().__init__(
+            config, dim, num_experts, max_active=num_experts, sums_to_one=config.renorm
+        )
         self.tau = config.tau or 1 / num_experts
         self.tau_weight = nn.Parameter(torch.zeros(1, dim)) if config.learned else None
         self.tau_bias = nn.Parameter(torch.zeros(1)) if config.learned else None
@@ -60,12 +65,8 @@ class ThresholdRouter(LinearRouter):
             kept_TE = torch.where(none_T1, probs_TE * best_TE, above_TE)
         else:
             kept_TE = probs_TE * ((probs_TE.detach() >= self.tau) | best_TE)
-        return self.routing(
-            tokens,
-            logits=logits_TE,
-            probs=probs_TE,
-            weights=renormalize(kept_TE),
-        )
+        weights_TE = renormalize(kept_TE) if self.config.renorm else kept_TE
+        return self.routing(tokens, logits=logits_TE, probs=probs_TE, weights=weights_TE)
 
     def _threshold(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T 1"]:
         assert self.tau_weight is not None

@@ -23,10 +23,13 @@ class TopPConfig(LinearRouterConfig):
     Attributes:
         p: cumulative probability to reach, in (0, 1].
         k_max: at most so many experts per token, >= 1; None: all.
+        renorm: whether the chosen probabilities are divided by their sum. A token with a single
+            expert then gives it the weight 1, which does not train the router.
     """
 
     p: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     k_max: Annotated[int, Field(ge=1)] | None = None
+    renorm: bool = True
 
     def check(self, num_experts: int) -> None:
         """See `RouterConfig.check`."""
@@ -36,7 +39,7 @@ class TopPConfig(LinearRouterConfig):
         """See `RouterConfig.build`."""
         self.check(num_experts)
         k_max = self.k_max or num_experts
-        return TopPRouter(self, dim, num_experts, max_active=k_max, sums_to_one=True)
+        return TopPRouter(self, dim, num_experts, max_active=k_max, sums_to_one=self.renorm)
 
 
 class TopPRouter(LinearRouter):
@@ -50,15 +53,13 @@ class TopPRouter(LinearRouter):
         probs_TE = logits_TE.softmax(-1)
         with torch.no_grad():
             # Stable, so equal probabilities go to the lower index.
-            sorted_TE, order_TE = probs_TE.sort(-1, descending=True, stable=True)
+            sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
             before_TE = sorted_TE.cumsum(-1) - sorted_TE
             keep_TE = before_TE < self.config.p
             keep_TE[:, 0] = True  # rounding must not leave a token without an expert
             keep_TE[:, self.max_active :] = False
             chosen_TE = torch.zeros_like(keep_TE).scatter(-1, order_TE, keep_TE)
-        return self.routing(
-            tokens,
-            logits=logits_TE,
-            probs=probs_TE,
-            weights=renormalize(probs_TE * chosen_TE),
-        )
+        weights_TE = probs_TE * chosen_TE
+        if self.config.renorm:
+            weights_TE = renormalize(weights_TE)
+        return self.routing(tokens, logits=logits_TE, probs=probs_TE, weights=weights_TE)

@@ -34,7 +34,7 @@ def decide_once(frame: Frame, name: str, hidden: Tensor, make: Callable[[], Rout
             "a router that decides per sequence keeps the decision it made for the prompt beside "
             "the KV cache; generate with use_cache=True"
         )
-    if frame.cache is None or not _filled(frame.cache):
+    if not frame.has_past:
         routing = make()
         last = torch.arange(1, rows + 1, device=hidden.device) * length - 1
         frame.decisions[name] = routing.rows(last, None).detach()
@@ -57,10 +57,6 @@ def keep(frame: Frame, cache: Any) -> None:
     """Attach the decisions of `frame` to the cache it filled."""
     if frame.decisions and hasattr(cache, "__dict__"):
         setattr(cache, _ATTRIBUTE, {**getattr(cache, _ATTRIBUTE, {}), **frame.decisions})
-
-
-def _filled(cache: Any) -> bool:
-    return int(cache.get_seq_length()) > 0
 
 
 _ATTRIBUTE = "_moeadapt_decisions"

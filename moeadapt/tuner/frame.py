@@ -26,6 +26,7 @@ class Frame:
         positions: position ids [B or 1, S]; a position of 0 starts a packed sequence.
         shape: (B, S), where known.
         cache: the KV cache that was passed in.
+        has_past: whether that cache held tokens before this call.
         generates: whether tokens are being generated.
         decisions: router -> one routing per row, for routers that decide per sequence.
     """
@@ -36,6 +37,7 @@ class Frame:
     positions: Tensor | None = None
     shape: tuple[int, int] | None = None
     cache: Any = None
+    has_past: bool = False
     generates: bool = False
     decisions: dict[str, Routing] = field(default_factory=dict)
 
@@ -57,6 +59,7 @@ class Frame:
             positions=_two_dims(given.get("position_ids")),
             shape=None if sized is None else (sized.shape[0], sized.shape[1]),
             cache=cache,
+            has_past=_holds_tokens(cache),
             generates=cache is not None or last_only,
         )
 
@@ -118,6 +121,12 @@ def same(a: TokenContext, b: TokenContext) -> bool:
         x is y or (x is not None and y is not None and x.shape == y.shape and torch.equal(x, y))
         for x, y in pairs
     )
+
+
+def _holds_tokens(cache: Any) -> bool:
+    if torch.compiler.is_compiling() or not hasattr(cache, "get_seq_length"):
+        return False
+    return int(cache.get_seq_length()) > 0
 
 
 def _two_dims(value: Any) -> Tensor | None:

@@ -1,0 +1,65 @@
+"""What every balance loss promises, checked for all of them at once."""
+
+import pytest
+import torch
+
+from moeadapt.balance import BALANCE, parse_balance
+from moeadapt.errors import ConfigError
+from tests.contracts.kit import ROUTER_SPECS, a_mixture, label, losses
+from tests.samples import ALL_REAL, hidden, make_router
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def allows(loss_name, spec):
+    """Whether a loss works with a router."""
+    try:
+        parse_balance({loss_name: 1.0})[loss_name].check(make_router(spec))
+    except ConfigError:
+        return False
+    return True
+
+
+PAIRS = [(name, spec) for name in sorted(BALANCE) for spec in ROUTER_SPECS if allows(name, spec)]
+
+
+@losses
+def test_every_loss_works_with_some_router(loss_name):
+    assert any(name == loss_name for name, _ in PAIRS)
+
+
+@pytest.mark.parametrize(("loss_name", "spec"), PAIRS, ids=label)
+def test_a_balance_loss_is_one_finite_number_that_trains_something(loss_name, spec):
+    router, x = make_router(spec), hidden()
+    loss = parse_balance({loss_name: 1.0})[loss_name]
+    loss.prepare(router)
+    routing, mixture = router(x, ALL_REAL), a_mixture(router, x)
+    value = loss.loss(routing, mixture)
+    assert value.shape == ()
+    assert value.dtype == torch.float64
+    assert torch.isfinite(value)
+    factors = [mixture.banks[0].factor(name).weight for name in mixture.banks[0].factor_names]
+    if loss.acts_after_step and not value.requires_grad:
+        return
+    if routing.logits.requires_grad or value.requires_grad:
+        leaves = [*router.parameters(), *factors]
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
+        assert any(g is not None and g.any() for g in grads)
+
+
+@losses
+def test_a_coefficient_of_zero_and_above_is_accepted(loss_name):
+    for coef in (0, 0.0, 1e-3, 5):
+        assert parse_balance({loss_name: coef})[loss_name].coef == coef
+
+
+@losses
+def test_a_refused_router_is_told_what_works(loss_name):
+    loss = parse_balance({loss_name: 1.0})[loss_name]
+    for spec in ROUTER_SPECS:
+        if not allows(loss_name, spec):
+            with pytest.raises(ConfigError, match=loss_name):
+                loss.check(make_router(spec))
