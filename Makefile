@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo test lint format slow clean help
+.PHONY: install demo test lint format docs slow clean help
 
 help:
 	@echo "make demo     train and compare on a real model (about 15 minutes on 2 cores)"
@@ -11,6 +11,7 @@ help:
 	@echo "make install  only set up .venv"
 	@echo "make slow     the tests that download or take long"
 	@echo "make format   fix what the linter can fix"
+	@echo "make docs     write docs/methods.md from the docstrings"
 
 install: $(STAMP)
 
@@ -35,6 +36,11 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: install
+	mkdir -p docs
+	$(BIN)/moeadapt methods --markdown > docs/methods.md.new
+	mv docs/methods.md.new docs/methods.md
 
 slow: install
 	$(BIN)/python -m pytest -m "slow or network or trajectory"

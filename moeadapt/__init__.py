@@ -14,23 +14,35 @@ if TYPE_CHECKING:
     from moeadapt import errors as errors
     from moeadapt.balance import BALANCE as BALANCE
     from moeadapt.experts import EXPERTS as EXPERTS
+    from moeadapt.presets import PRESETS as PRESETS
     from moeadapt.routers import ROUTERS as ROUTERS
     from moeadapt.routing import Routing as Routing
     from moeadapt.training.callback import MoeAdaptCallback as MoeAdaptCallback
+    from moeadapt.training.router_step import attach_optimizer as attach_optimizer
     from moeadapt.tuner.config import MoeLoraConfig as MoeLoraConfig
+    from moeadapt.tuner.from_adapters import init_from_adapters as init_from_adapters
+    from moeadapt.tuner.init import init_routers_kmeans as init_routers_kmeans
+    from moeadapt.tuner.inspect import after_optimizer_step as after_optimizer_step
     from moeadapt.tuner.inspect import collect_routing as collect_routing
     from moeadapt.tuner.inspect import set_aux_loss_scale as set_aux_loss_scale
+    from moeadapt.tuner.inspect import step_schedule as step_schedule
 
 _HOME = {
     "BALANCE": "moeadapt.balance",
     "EXPERTS": "moeadapt.experts",
     "MoeAdaptCallback": "moeadapt.training.callback",
     "MoeLoraConfig": "moeadapt.tuner.config",
+    "PRESETS": "moeadapt.presets",
     "ROUTERS": "moeadapt.routers",
     "Routing": "moeadapt.routing",
+    "after_optimizer_step": "moeadapt.tuner.inspect",
+    "attach_optimizer": "moeadapt.training.router_step",
     "collect_routing": "moeadapt.tuner.inspect",
     "errors": "moeadapt",
+    "init_from_adapters": "moeadapt.tuner.from_adapters",
+    "init_routers_kmeans": "moeadapt.tuner.init",
     "set_aux_loss_scale": "moeadapt.tuner.inspect",
+    "step_schedule": "moeadapt.tuner.inspect",
 }
 
 __all__ = [*_HOME, "__version__"]

@@ -14,7 +14,7 @@ from moeadapt.routers.base import RouterConfig
 from moeadapt.routing import TokenContext
 
 ROOT = Path(__file__).parents[1]
-PURE = ["aux_loss", "balance", "errors", "registry", "routing", "tuner.config"]
+PURE = ["aux_loss", "balance", "errors", "registry", "routing", "tuner.config", "tuner.preset"]
 
 
 @pytest.mark.parametrize("name", PURE)

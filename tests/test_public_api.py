@@ -37,12 +37,16 @@ def test_public_names_are_these():
         "EXPERTS",
         "MoeAdaptCallback",
         "MoeLoraConfig",
+        "PRESETS",
         "ROUTERS",
         "Routing",
         "__version__",
+        "after_optimizer_step",
+        "attach_optimizer",
         "collect_routing",
         "errors",
         "set_aux_loss_scale",
+        "step_schedule",
     ]
 
 

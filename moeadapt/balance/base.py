@@ -4,17 +4,19 @@ Letters: T tokens, D width, W experts and null experts.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from moeadapt.errors import ConfigError
 from moeadapt.experts import ExpertBank
 from moeadapt.registry import ComponentConfig
-from moeadapt.routers import Router
+from moeadapt.routers import ROUTERS, Router
 from moeadapt.routing import Routing
 
 
@@ -40,10 +42,15 @@ class BalanceConfig(ComponentConfig, ABC):
         coef: what the loss is multiplied by before it is added to the task loss, >= 0.
     """
 
-    acts_after_step: ClassVar[bool] = False
-    """Whether `after_step` does something."""
+    shorthand: ClassVar[str] = "coef"
+    """The field that a number alone means, as in `{"switch": 0.01}`."""
 
     coef: Annotated[float, Field(ge=0.0)] = 0.01
+
+    @property
+    def acts_after_step(self) -> bool:
+        """Whether `after_step` does something: it then costs communication."""
+        return False
 
     @abstractmethod
     def loss(self, routing: Routing, mixture: Mixture) -> Float[Tensor, ""]:
@@ -54,6 +61,13 @@ class BalanceConfig(ComponentConfig, ABC):
 
         Raises:
             ConfigError: says why, and which routers work.
+        """
+
+    def check_experts(self, bank: ExpertBank) -> None:
+        """Refuse experts that this loss cannot work with; called for each bank of the router.
+
+        Raises:
+            ConfigError: says why, and which experts work.
         """
 
     def prepare(self, router: Router) -> None:
@@ -73,3 +87,41 @@ class BalanceConfig(ComponentConfig, ABC):
             tokens: real tokens of this step, over all processes.
             uses: how many of them used each expert.
         """
+
+
+def routers_where(works: Callable[[Router], bool]) -> str:
+    """List the registered routers that a loss works with as they are by default."""
+    size = 16
+    return ", ".join(name for name in sorted(ROUTERS) if works(ROUTERS[name]().build(size, size)))
+
+
+def null_average(values: Float[Tensor, " W"], null_experts: int) -> Float[Tensor, " W"]:
+    """Give each null expert the average of them all: they are alike."""
+    if not null_experts:
+        return values
+    own, null = values.split([len(values) - null_experts, null_experts])
+    return torch.cat([own, null.mean().expand_as(null)])
+
+
+def check_low_rank(loss: str, bank: ExpertBank, factors: Sequence[str]) -> None:
+    """Refuse a bank whose experts do not each own `rank` directions in each of `factors`.
+
+    Nor may all of `factors` be frozen: the loss would train nothing.
+
+    Raises:
+        ConfigError: names the loss, the expert type and what works.
+    """
+    wanted = bank.size.total_experts * bank.size.rank
+    side = {"lora_A": 0, "lora_B": 1}
+    if (
+        set(factors) <= set(bank.factor_names)
+        and not set(factors) <= set(bank.frozen)
+        and len(set(bank.costs())) == 1
+        and all(bank.factor(name).weight.shape[side[name]] == wanted for name in factors)
+    ):
+        return
+    raise ConfigError(
+        f"balance loss {loss!r} compares the experts' own {' and '.join(factors)}, which the "
+        f"experts of a {type(bank).__name__} do not have, do not train, or have at different "
+        "ranks; use experts='lora' or drop the loss"
+    )

@@ -8,10 +8,11 @@ rank E*r whose rank axis is multiplied by the routing weights, token by token.
 Letters: T tokens, D in, O out, E experts, R width of the gated axis.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Optional, get_args
 
 import torch
 from jaxtyping import Float
@@ -64,6 +65,7 @@ class BankSize:
         num_shared: always-on experts beside them.
         rank: rank of one expert.
         scale: what every delta is multiplied by, alpha / rank.
+        ranks: rank of each routed expert where they differ; None: all have `rank`.
     """
 
     in_features: int
@@ -72,15 +74,32 @@ class BankSize:
     num_shared: int = 0
     rank: int = 8
     scale: float = 1.0
+    ranks: tuple[int, ...] | None = None
 
     @property
     def total_experts(self) -> int:
         """Routed and shared experts; the shared ones come last."""
         return self.num_experts + self.num_shared
 
+    @property
+    def all_ranks(self) -> tuple[int, ...]:
+        """Rank of every expert, the shared ones last."""
+        routed = self.ranks or (self.rank,) * self.num_experts
+        return routed + (self.rank,) * self.num_shared
 
-Init = Literal["zero_b", "gaussian", "random"]
-"""`zero_b`: uniform A, zero B; `gaussian`: normal A of std 1/rank, zero B; `random`: no zero."""
+    def split(self, parts: int) -> "BankSize":
+        """Cut each expert into `parts` experts of `rank / parts`, with the same scale."""
+        return replace(
+            self,
+            num_experts=self.num_experts * parts,
+            num_shared=self.num_shared * parts,
+            rank=self.rank // parts,
+        )
+
+
+Init = Literal["zero_b", "gaussian", "orthogonal", "random"]
+"""`zero_b`: uniform A, zero B; `gaussian`: normal A of std 1/rank, zero B; `orthogonal`: rows of A
+orthogonal across experts, zero B; `random`: no zero."""
 
 
 class ExpertBank(ABC):
@@ -91,16 +110,31 @@ class ExpertBank(ABC):
 
     Attributes:
         factor_names: the factors this type needs.
+        frozen: those of them that are never trained.
+        inits: the initialisations it can start from.
+        refused: placement -> why this type cannot work there.
+        needs_base: whether `apply_one` must be told the base output.
+        linear: whether an expert is one matrix, so that `delta_weight` exists.
         size: the sizes.
     """
 
     factor_names: ClassVar[tuple[str, ...]]
+    frozen: ClassVar[tuple[str, ...]] = ()
+    inits: ClassVar[tuple[Init, ...]] = get_args(Init)
+    refused: ClassVar[Mapping[str, str]] = {}
+    needs_base: ClassVar[bool] = False
+    linear: ClassVar[bool] = True
 
     def __init__(
-        self, size: BankSize, factors: Mapping[str, nn.ModuleDict], adapter: str = "default"
+        self,
+        size: BankSize,
+        factors: Mapping[str, nn.ModuleDict],
+        adapter: str = "default",
+        config: Optional["ExpertConfig"] = None,
     ) -> None:
         """Look at `factors[name][adapter]` for each factor name."""
         self.size = size
+        self.config: Any = config
         self._factors = {name: factors[name] for name in self.factor_names}
         self._adapter = adapter
 
@@ -110,8 +144,10 @@ class ExpertBank(ABC):
 
     @classmethod
     @abstractmethod
-    def make_factors(cls, size: BankSize, init: Init) -> dict[str, Factor]:
-        """Allocate and initialise fresh factors."""
+    def make_factors(
+        cls, size: BankSize, init: Init, config: Optional["ExpertConfig"] = None
+    ) -> dict[str, Factor]:
+        """Allocate and initialise fresh factors; `config`: None for the defaults."""
 
     def costs(self) -> tuple[float, ...]:
         """Return what each routed expert costs, relative to the dearest one."""
@@ -137,12 +173,24 @@ class ExpertBank(ABC):
         """Project back to the output and add to `onto`."""
 
     @abstractmethod
-    def apply_one(self, x: Float[Tensor, "T D"], expert: int) -> Float[Tensor, "T O"]:
-        """Define what expert `expert` adds to the base output; shared experts come last."""
+    def apply_one(
+        self, x: Float[Tensor, "T D"], expert: int, onto: Float[Tensor, "T O"] | None = None
+    ) -> Float[Tensor, "T O"]:
+        """Define what expert `expert` adds to the base output; shared experts come last.
+
+        Args:
+            x: tokens.
+            expert: which one.
+            onto: the base output; read only where `needs_base`.
+        """
 
     @abstractmethod
     def delta_weight(self, expert: int) -> Float[Tensor, "O D"]:
-        """Return the matrix that expert `expert` adds to the base weight."""
+        """Return the matrix that expert `expert` adds to the base weight.
+
+        Raises:
+            UnsupportedError: there is none, see `linear`.
+        """
 
 
 class ExpertConfig(ComponentConfig, ABC):
@@ -150,7 +198,47 @@ class ExpertConfig(ComponentConfig, ABC):
 
     bank: ClassVar[type[ExpertBank]]
 
+    def sized(self, size: BankSize) -> BankSize:
+        """Return what `size`, counted in the adapter's experts, becomes with this type."""
+        return size
+
+    def refusal(self, placement: str) -> str | None:
+        """Return why this type cannot work in `placement`, or None."""
+        return self.bank.refused.get(placement)
+
+    def check(self, size: BankSize) -> None:
+        """Refuse a size, as `sized` returned it, that the settings do not fit.
+
+        Raises:
+            ConfigError: names the field, its value and what is allowed.
+        """
+
     def build(self, size: BankSize, *, init: Init = "zero_b") -> ExpertBank:
-        """Make a stand-alone bank with fresh factors (a layer owns its factors itself)."""
-        fresh = self.bank.make_factors(size, init)
-        return self.bank(size, {k: nn.ModuleDict({"default": f}) for k, f in fresh.items()})
+        """Make a stand-alone bank with fresh factors (a layer owns its factors itself).
+
+        `size` is taken as it is: see `sized`.
+        """
+        fresh = self.bank.make_factors(size, init, self)
+        factors = {k: nn.ModuleDict({"default": f}) for k, f in fresh.items()}
+        return self.bank(size, factors, "default", self)
+
+
+def fill_a(a: Factor, init: Init, rank: int) -> None:
+    """Start a projection onto the ranks."""
+    if init == "gaussian":
+        nn.init.normal_(a.weight, std=1 / rank)
+    elif init == "orthogonal":
+        width = a.weight.shape[1]
+        with torch.no_grad():
+            # No more than `width` rows can be orthogonal to each other.
+            for rows in a.weight.split(width):
+                # As long as the rows of the uniform start are on average.
+                nn.init.orthogonal_(rows, gain=math.sqrt(1 / 3))
+    else:
+        nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+
+
+def fill_b(b: Factor, init: Init) -> None:
+    """Start a projection to the output: zero unless `init` says otherwise."""
+    if init == "random":
+        nn.init.normal_(b.weight, std=1 / math.sqrt(b.weight.shape[1]))

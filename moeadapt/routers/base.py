@@ -192,7 +192,8 @@ class LinearRouter(Scheduled, Router, ABC):
     Attributes:
         k: experts per token, null experts included; None: the router has no such number.
         temperature: what logits are divided by now.
-        gate_dropout: share of logits hidden in training, so that other experts are tried.
+        gate_dropout: share of logits hidden in training, so that other experts are tried; a token
+            whose logits would all be hidden keeps them all.
     """
 
     def __init__(
@@ -261,6 +262,7 @@ class LinearRouter(Scheduled, Router, ABC):
             logits = logits - self.config.cost_aware * costs_E
         if self.training and self.gate_dropout > 0:
             dropped = torch.rand_like(logits) < self.gate_dropout
+            dropped = dropped & ~dropped.all(-1, keepdim=True)
             logits = logits.masked_fill(dropped, _HIDDEN)
         return logits
 

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
+from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.session import Session, check_setup, restore_routers
 from moeadapt.tuner.context import find_context
 
@@ -18,22 +19,44 @@ class MoeAdaptCallback(TrainerCallback):
     """Gives the routers what they need from a trainer that knows nothing about them.
 
     1. Before DDP and the optimizer are made: routers are float32 again.
-    2. Before each optimizer step: the scale of the auxiliary losses, exact also for the last,
-       shorter accumulation of an epoch. Only where the data has no length is that accumulation
-       weighted like the others, and it is said once.
-    3. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
-    4. At each log of the loss: `moe/` metrics beside it (see `router_metrics`). Reporters read the
+    2. Before each optimizer step: the schedule's values, and the scale of the auxiliary losses,
+       exact also for the last, shorter accumulation of an epoch. Only where the data has no length
+       is that accumulation weighted like the others, and it is said once.
+    3. In each optimizer step, after the trainer's own clipping: see `router_step`.
+    4. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
+    5. At each log of the loss: `moe/` metrics beside it (see `router_metrics`). Reporters read the
        logs in the order of the callbacks, so this one moves itself to the front.
 
     Raises:
-        ConfigError: at the start of training, the model has no mixture of LoRA experts.
-        TrainingError: at the start of training, see `check_setup` and `restore_routers`.
+        ConfigError: an option is out of range, see `RouterOptions`; at the start of training, the
+            model has no mixture of LoRA experts.
+        TrainingError: at the start of training, see `check_setup`, `restore_routers` and `Session`.
 
     Example:
         >>> trl.SFTTrainer(model, peft_config=MoeLoraConfig(), callbacks=[MoeAdaptCallback()])
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        *,
+        router_learning_rate: float | None = None,
+        router_weight_decay: float | None = None,
+        router_max_grad_norm: float | None = None,
+    ) -> None:
+        """Set what is different for routers.
+
+        Args:
+            router_learning_rate: peak learning rate of the routers; the trainer's scheduler scales
+                it as it scales the common one. None: the common one.
+            router_weight_decay: weight decay of the routers; None: the common one.
+            router_max_grad_norm: largest norm of the gradients of all routers together; None: not
+                clipped on their own.
+        """
+        self._options = RouterOptions(
+            learning_rate=router_learning_rate,
+            weight_decay=router_weight_decay,
+            max_grad_norm=router_max_grad_norm,
+        )
         self._session: Session | None = None
         self._resuming = True
         self._epoch_length: int | None = None
@@ -57,13 +80,14 @@ class MoeAdaptCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module | None = None,
+        optimizer: Any = None,
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
         """Check, and start counting."""
         assert model is not None
         check_setup(model, args.n_gpu)
-        self._session = Session(model, args.device)
+        self._session = Session(model, args.device, optimizer, self._options)
         restore_routers(model, wrapped=True)
         self._resuming = True
         _move_to_front(self)
@@ -101,8 +125,9 @@ class MoeAdaptCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Set the scale for the micro-batches of this optimizer step."""
+        """Set schedule and scale for the micro-batches of this optimizer step."""
         assert self._session is not None
+        self._session.start_step(state.global_step)
         steps = args.gradient_accumulation_steps
         if self._epoch_length is not None:
             self._updates_left -= 1

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from moeadapt.training.param_groups import split_router_params
+from moeadapt.training.param_groups import RouterOptions, split_router_params
 from moeadapt.training.session import Session, check_setup, require_adapter, restore_routers
 
 if TYPE_CHECKING:
@@ -19,14 +19,15 @@ class MoETrainerMixin(_Trainer):
     """Gives the routers what they need from a trainer; the losses stay the trainer's own.
 
     1. `train`: routers are float32 again before the optimizer and any wrapper are made.
-    2. `training_step`: the scale of the auxiliary losses, exact for every micro-batch, the last,
-       shorter accumulation of an epoch included.
-    3. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
-    4. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`.
+    2. `training_step`: the schedule's values of this optimizer step, and the scale of the auxiliary
+       losses, exact for every micro-batch, the last, shorter accumulation of an epoch included.
+    3. In each optimizer step, after the trainer's own clipping: see `router_step`.
+    4. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
+    5. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`.
 
     Raises:
-        ConfigError: the model has no mixture of LoRA experts.
-        TrainingError: in `train`, see `check_setup`.
+        ConfigError: the model has no mixture of LoRA experts; in `train`, see `RouterOptions`.
+        TrainingError: in `train`, see `check_setup` and `Session`.
 
     Example:
         >>> class MoESFTTrainer(MoETrainerMixin, trl.SFTTrainer): ...
@@ -40,6 +41,7 @@ class MoETrainerMixin(_Trainer):
         *args: Any,
         router_learning_rate: float | None = None,
         router_weight_decay: float | None = None,
+        router_max_grad_norm: float | None = None,
         **kwargs: Any,
     ) -> None:
         """Pass everything on to the trainer.
@@ -48,16 +50,23 @@ class MoETrainerMixin(_Trainer):
             args: the trainer's own.
             router_learning_rate: peak learning rate of the routers; None: the common one.
             router_weight_decay: weight decay of the routers; None: the common one.
+            router_max_grad_norm: largest norm of the gradients of all routers together; None: not
+                clipped on their own.
             kwargs: the trainer's own.
         """
         self._session: Session | None = None
-        self._router_options = (router_learning_rate, router_weight_decay)
+        self._router_options = {
+            "learning_rate": router_learning_rate,
+            "weight_decay": router_weight_decay,
+            "max_grad_norm": router_max_grad_norm,
+        }
         super().__init__(*args, **kwargs)
         require_adapter(self.model)
         self.add_callback(_AfterStep(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
+        RouterOptions(**self._router_options)
         check_setup(self.model, self.args.n_gpu)
         restore_routers(self.model)
         self._session = None
@@ -71,9 +80,12 @@ class MoETrainerMixin(_Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """See `transformers.Trainer.create_optimizer`; routers in groups of their own if asked."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        learning_rate, weight_decay = self._router_options
+        options = RouterOptions(**self._router_options)
         split_router_params(
-            optimizer, self.model, learning_rate=learning_rate, weight_decay=weight_decay
+            optimizer,
+            self.model,
+            learning_rate=options.learning_rate,
+            weight_decay=options.weight_decay,
         )
         return optimizer
 
@@ -82,7 +94,11 @@ class MoETrainerMixin(_Trainer):
     ) -> torch.Tensor:
         """See `transformers.Trainer.training_step`."""
         if self._session is None:
-            self._session = Session(model, self.args.device)
+            # Rate and decay already have groups of their own.
+            options = RouterOptions(max_grad_norm=self._router_options["max_grad_norm"])
+            optimizer: Any = self.optimizer
+            self._session = Session(model, self.args.device, optimizer, options)
+        self._session.start_step(self.state.global_step)
         steps = getattr(
             self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
         )

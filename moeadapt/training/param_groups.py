@@ -1,10 +1,53 @@
-"""A learning rate and a weight decay of their own for the routers."""
+"""A learning rate, a weight decay and a gradient norm of their own for the routers."""
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from moeadapt.errors import ConfigError
 from moeadapt.routers import Router
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+    """What is different for routers; None: nothing.
+
+    Attributes:
+        learning_rate: peak learning rate of the routers, > 0.
+        weight_decay: weight decay of the routers, >= 0.
+        max_grad_norm: largest norm of the gradients of all routers together, > 0.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"router_{name}={value!r} must be a finite number > 0, or None")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(
+                f"router_weight_decay={self.weight_decay!r} must be a finite number >= 0, or None"
+            )
+
+    @property
+    def own_group(self) -> bool:
+        """Whether an optimizer needs groups of their own for them."""
+        return self.learning_rate is not None or self.weight_decay is not None
+
+    def filled_from(self, other: "RouterOptions") -> "RouterOptions":
+        """Return these options, those that are None from `other`."""
+        return RouterOptions(
+            **{k: v if v is not None else getattr(other, k) for k, v in vars(self).items()}
+        )
 
 
 def split_router_params(
@@ -28,10 +71,7 @@ def split_router_params(
     Raises:
         ConfigError: an option is out of range.
     """
-    if learning_rate is not None and not learning_rate > 0:
-        raise ConfigError(f"router_learning_rate={learning_rate!r} must be > 0, or None")
-    if weight_decay is not None and not weight_decay >= 0:
-        raise ConfigError(f"router_weight_decay={weight_decay!r} must be >= 0, or None")
+    RouterOptions(learning_rate=learning_rate, weight_decay=weight_decay)
     options = {
         name: value
         for name, value in (("lr", learning_rate), ("weight_decay", weight_decay))
@@ -47,10 +87,11 @@ def split_router_params(
     }
     for group in list(optimizer.param_groups):
         mine = [p for p in group["params"] if id(p) in routers]
-        if not mine or group.get(_MARK):
+        if not mine or group.get(MARK):
             continue
         group["params"] = [p for p in group["params"] if id(p) not in routers]
-        optimizer.add_param_group({**group, **options, "params": mine, _MARK: True})
+        optimizer.add_param_group({**group, **options, "params": mine, MARK: True})
 
 
-_MARK = "moeadapt_router"
+MARK = "moeadapt_router"
+"""Key of an optimizer group that holds routers only."""

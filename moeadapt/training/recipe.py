@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 
 from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.training.objectives import OBJECTIVES, Objective
+from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.rewards import get_reward
 from moeadapt.tuner.config import MoeLoraConfig
 
@@ -40,6 +41,10 @@ class RunArguments:
         dataset_test_split: split to evaluate on, when `eval_strategy` asks for it.
         dataset_size: at most so many training rows; 0: all (embedded tasks: 1000 per task).
         reward: for grpo and rloo, a name of `moeadapt.training.rewards.REWARDS`.
+        router_learning_rate: peak learning rate of the routers, > 0; none: `learning_rate`.
+        router_weight_decay: weight decay of the routers, >= 0; none: `weight_decay`.
+        router_max_grad_norm: largest norm of the gradients of all routers together, > 0, after
+            `max_grad_norm` has been applied to all gradients; none: not clipped on their own.
     """
 
     model_name_or_path: str = field(metadata={"help": "Base model."})
@@ -54,6 +59,18 @@ class RunArguments:
     dataset_test_split: str = "test"
     dataset_size: int = 0
     reward: str = "exact_match"
+    router_learning_rate: float | None = None
+    router_weight_decay: float | None = None
+    router_max_grad_norm: float | None = None
+
+    @property
+    def router_options(self) -> RouterOptions:
+        """What is different for routers, checked."""
+        return RouterOptions(
+            learning_rate=self.router_learning_rate,
+            weight_decay=self.router_weight_decay,
+            max_grad_norm=self.router_max_grad_norm,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +132,15 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
             f"{places.get('moe', 'flags')}: moe.task_type={moe_values['task_type']!r}, but "
             f"{objective} trains {goal.task_type}; leave it out"
         )
-    moe = MoeLoraConfig(**{**moe_values, "task_type": goal.task_type})
+    moe = _adapter({**moe_values, "task_type": goal.task_type})
     source = " and ".join(filter(None, [config, "flags" if flags else None])) or "defaults"
     run, trainer_args = _parse_flat(config_class, values, source)
     if run.load_in_4bit and run.load_in_8bit:
         raise ConfigError(f"{source}: load_in_4bit and load_in_8bit exclude each other")
+    try:
+        _ = run.router_options
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     if goal.data == "prompt":
         get_reward(run.reward)
     return Recipe(
@@ -147,7 +168,12 @@ def _say(error: ConfigError) -> int:
     return 2
 
 
-_MOE_FIELDS = {f.name for f in fields(MoeLoraConfig)} - {"peft_type", "auto_mapping"}
+_MOE_FIELDS = {"preset", *(f.name for f in fields(MoeLoraConfig))} - {"peft_type", "auto_mapping"}
+
+
+def _adapter(values: dict[str, Any]) -> MoeLoraConfig:
+    preset = values.pop("preset", None)
+    return MoeLoraConfig(**values) if preset is None else MoeLoraConfig.preset(preset, **values)
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,28 +9,67 @@ from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError, TrainingError
 from moeadapt.routers import Router
-from moeadapt.training.metrics import router_metrics
+from moeadapt.training.metrics import router_metrics, schedule_metrics
+from moeadapt.training.param_groups import RouterOptions
+from moeadapt.training.router_step import RouterStep, attach_optimizer
 from moeadapt.tuner.context import RoutingContext, find_context
 from moeadapt.tuner.inspect import (
     after_optimizer_step,
     balance_of,
+    heads_of,
     pop_router_stats,
     prepare_stats,
+    step_schedule,
 )
 
 SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 """Here parameters are not whole tensors, and the wrapper keeps its own float32 copy of them."""
 
+_OWN_STEP = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+"""Here the optimizer is not torch's, and steps in its own way."""
+
 
 class Session:
     """One training run of one model, from the first step to the last."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
-        """Make the counters, and forget what was counted before."""
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        optimizer: torch.optim.Optimizer,
+        options: RouterOptions,
+    ) -> None:
+        """Make the counters, forget what was counted before, and attach to the optimizer.
+
+        Raises:
+            ConfigError: the model has no mixture of LoRA experts.
+            TrainingError: routers cannot be treated separately in this setup.
+        """
         self.model = model
+        self._step = 0
         self.context = require_adapter(model)
         prepare_stats(model, device)
         pop_router_stats(model)
+        heads = heads_of(model)
+        for head in heads.values():
+            head.followed_step = None
+        schedules = [head.schedule for head in heads.values() if head.schedule is not None]
+        acts = options.own_group or any(schedule.acts_on_optimizer for schedule in schedules)
+        _check_sharding(acts, options.max_grad_norm is not None)
+        self._attached: RouterStep | None = None
+        if AcceleratorState().distributed_type not in _OWN_STEP:
+            self._attached = attach_optimizer(
+                model,
+                optimizer,
+                router_learning_rate=options.learning_rate,
+                router_weight_decay=options.weight_decay,
+                router_max_grad_norm=options.max_grad_norm,
+            )
+
+    def start_step(self, step: int) -> None:
+        """Use the schedule's values of optimizer step `step`, counted from 0."""
+        self._step = step
+        step_schedule(self.model, step)
 
     def set_scale(self, scaler: Any, accumulation_steps: int) -> None:
         """Tell the auxiliary losses what the task loss of this micro-batch is multiplied by.
@@ -45,14 +84,20 @@ class Session:
     def metrics(self) -> dict[str, float]:
         """Return `router_metrics` since the last call, over all processes; each must call it."""
         stats = pop_router_stats(self.model, reduce=_sum_over_processes)
-        return router_metrics(stats, balance_of(self.model))
+        heads = heads_of(self.model)
+        routers = {name: head.router for name, head in heads.items()}
+        metrics = router_metrics(stats, balance_of(self.model), routers)
+        return metrics | schedule_metrics([heads[name] for name in stats])
 
     def after_step(self) -> None:
         """Run what follows an optimizer step, over all processes; each must call it."""
-        after_optimizer_step(self.model, _sum_over_processes)
+        after_optimizer_step(self.model, _sum_over_processes, step=self._step)
 
     def end(self) -> None:
-        """Withdraw the scale, so that another training loop is noticed again."""
+        """Withdraw scale, schedule and hooks, so that another training loop is noticed again."""
+        step_schedule(self.model, None)
+        if self._attached is not None:
+            self._attached.remove()
         self.context.set_scale(1.0)
         self.context.scale_is_set = False
 
@@ -130,6 +175,22 @@ def restore_routers(model: nn.Module, *, wrapped: bool = False) -> None:
         )
     for parameter in low:
         parameter.data = parameter.data.float()
+
+
+def _check_sharding(acts_on_optimizer: bool, clips: bool) -> None:
+    kind = AcceleratorState().distributed_type
+    if kind in _OWN_STEP and (acts_on_optimizer or clips):
+        raise TrainingError(
+            f"under {kind.value} the optimizer steps in its own way, so routers cannot be frozen "
+            "or warmed up by the schedule, and MoeAdaptCallback has no learning rate, weight decay "
+            "or gradient norm for them; use DDP or FSDP. A trainer of moeadapt.training has "
+            "router_learning_rate and router_weight_decay also here"
+        )
+    if kind in SHARDED and clips:
+        raise TrainingError(
+            f"under {kind.value} each process sees a part of the routers' gradients, whose norm "
+            "is not theirs; leave router_max_grad_norm out, or use DDP"
+        )
 
 
 def _sum_over_processes(packed: Tensor) -> Tensor:

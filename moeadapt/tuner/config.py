@@ -11,6 +11,8 @@ from moeadapt.balance import BalanceConfig, parse_balance
 from moeadapt.errors import ConfigError
 from moeadapt.experts import EXPERTS, ExpertConfig
 from moeadapt.routers import ROUTERS, RouterConfig
+from moeadapt.schedule import ScheduleConfig, parse_schedule
+from moeadapt.tuner.preset import preset_fields
 from moeadapt.tuner.register import extend_peft_type
 from moeadapt.version import FORMAT_VERSION, __version__
 
@@ -28,9 +30,17 @@ class MoeLoraConfig(PeftConfig):
         r: rank of ONE expert, >= 1.
         lora_alpha: deltas are scaled by lora_alpha / r, > 0.
         num_experts: routed experts per router, >= 1.
+        experts_pattern: numbers of experts that differ, overriding `num_experts`: module name or
+            regex -> number, or a list, for as many equal groups of layers from the first to the
+            last (MoLA, https://arxiv.org/abs/2402.08562). The targets of one block must agree.
+        granularity: G >= 1: each expert is cut into G of rank r / G, and the router's `k` is
+            multiplied by G; the scale stays lora_alpha / r (DeepSeekMoE,
+            https://arxiv.org/abs/2401.06066).
         router: a name of `moeadapt.ROUTERS`, or `{"name": ..., **options}`.
         balance: `{name: coefficient}` or `{name: {"coef": ..., **options}}` over
             `moeadapt.BALANCE`; averaged over routers and added to the task loss's gradient.
+        schedule: what changes in training, fields of `moeadapt.schedule.ScheduleConfig`, for
+            example `{"k": {"start": 4, "end": 2, "steps": 100}}`.
         experts: a name of `moeadapt.EXPERTS`, or `{"name": ..., **options}`.
         placement: `linear`: every target linear mixes its own deltas; `ffn`: experts span the
             whole FFN, attention targets get an unrouted LoRA beside them.
@@ -48,7 +58,9 @@ class MoeLoraConfig(PeftConfig):
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         lora_dropout: dropout on the experts' input, in [0, 1).
         init_lora_weights: True: zero B, the base output is unchanged; "gaussian": normal A, zero
-            B; False: nothing is zero (for tests).
+            B; "orthogonal": zero B, rows of A orthogonal across experts; "svd_segments": experts
+            start from segments of the base weight (GOAT), with a scale of its own instead of
+            lora_alpha / r; False: nothing is zero (for tests).
         bias: only "none".
         target_parameters: only None; fused expert parameters are not supported yet.
         format_version: version of the saved adapter format.
@@ -67,8 +79,11 @@ class MoeLoraConfig(PeftConfig):
     r: Positive = 8
     lora_alpha: Annotated[float, Field(gt=0)] = 16
     num_experts: Positive = 8
+    experts_pattern: dict[str, Positive] | list[Positive] | None = None
+    granularity: Positive = 1
     router: str | dict[str, Any] = "top_k"
     balance: dict[str, Any] | None = field(default_factory=lambda: {"switch": 0.01})
+    schedule: dict[str, Any] | None = None
     experts: str | dict[str, Any] = "lora"
     placement: Literal["linear", "ffn"] = "linear"
     router_scope: Literal["layer", "block"] = "layer"
@@ -83,7 +98,7 @@ class MoeLoraConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
     use_rslora: bool = False
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "svd_segments"] = True
     bias: Literal["none"] = "none"
     target_parameters: list[str] | None = None
     format_version: Positive = FORMAT_VERSION
@@ -105,6 +120,24 @@ class MoeLoraConfig(PeftConfig):
         self.exclude_modules = _as_set(self.exclude_modules)
         self._check_components()
 
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "MoeLoraConfig":
+        """Make the config of a published method.
+
+        Args:
+            name: a name of `moeadapt.PRESETS`.
+            overrides: fields that differ from it; how nested ones merge is said in
+                `moeadapt.tuner.preset.preset_fields`.
+
+        Raises:
+            ConfigError: no such preset, or see the class.
+
+        Example:
+            >>> MoeLoraConfig.preset("mixlora", num_experts=4, router={"k": 1}).router["k"]
+            1
+        """
+        return cls(**preset_fields(name, overrides))
+
     @property
     def router_config(self) -> RouterConfig:
         """The router's settings as a checked object."""
@@ -114,6 +147,11 @@ class MoeLoraConfig(PeftConfig):
     def balance_configs(self) -> dict[str, BalanceConfig]:
         """The balance losses as checked objects, by name."""
         return parse_balance(self.balance)
+
+    @property
+    def schedule_config(self) -> ScheduleConfig | None:
+        """The schedule as a checked object; None: nothing changes."""
+        return parse_schedule(self.schedule)
 
     @property
     def expert_config(self) -> ExpertConfig:
@@ -137,8 +175,14 @@ class MoeLoraConfig(PeftConfig):
                 ) from None
 
     def _check_components(self) -> None:
-        router = self.router_config
-        router.check(self.num_experts)
+        # At the top these would import each other.
+        from moeadapt.tuner.sizes import check_settings
+
+        router, least = self.router_config, check_settings(self)
+        schedule = self.schedule_config
+        if schedule is not None:
+            router = schedule.fit(router, least)
+            self.schedule = schedule.model_dump(mode="json")
         self.router = ROUTERS.spec(router)
         self.experts = EXPERTS.spec(self.expert_config)
         self.balance = {

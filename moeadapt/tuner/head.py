@@ -3,6 +3,7 @@
 Letters: T tokens, D width, E experts.
 """
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,13 +11,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from moeadapt import aux_loss, stats
 from moeadapt.balance import BalanceConfig, Mixture
 from moeadapt.errors import UnsupportedError
 from moeadapt.experts import ExpertBank
-from moeadapt.routers import Router, route
+from moeadapt.routers import Router, RouterConfig, route
+from moeadapt.routers.base import LinearRouter
+from moeadapt.routers.scheduled import RouterSettings
 from moeadapt.routing import Routing
+from moeadapt.schedule import WITH_K, ScheduleConfig, ScheduleValues
 from moeadapt.tuner.context import RoutingContext
 from moeadapt.tuner.decisions import decide_once
 
@@ -32,6 +37,12 @@ class RouterHead:
         balance: the losses it attaches, by name.
         banks: the experts it routes to, those that see its hidden states first.
         expert_dropout: share of the weights set to zero in training, the others scaled up.
+        schedule: what changes in training; None: nothing.
+        step: the optimizer step whose training values are in use; None: those of inference are,
+            in both modes.
+        values: the values in use in training mode.
+        optimizer_attached: whether an optimizer knows of the schedule.
+        followed_step: the last optimizer step that was followed; None: none, or nobody counts.
     """
 
     def __init__(
@@ -50,12 +61,20 @@ class RouterHead:
         self._context = context
         self.banks: list[ExpertBank] = []
         self.expert_dropout = 0.0
+        self.schedule: ScheduleConfig | None = None
+        self.step: int | None = None
+        self.values = ScheduleValues()
+        self._router_config: RouterConfig | None = None
+        self._freezing: list[RemovableHandle] = []
+        self._told = False
+        self.optimizer_attached = False
+        self.followed_step: int | None = None
         self._sink: Tensor | None = None
         self._seen: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Counts belong to this run, not to a copy."""
-        return {**self.__dict__, "_sink": None, "_seen": None}
+        return {**self.__dict__, "_sink": None, "_seen": None, "_freezing": []}
 
     @property
     def router(self) -> Router:
@@ -79,10 +98,11 @@ class RouterHead:
         if collected is not None and not torch.compiler.is_compiling():
             collected.setdefault(self.name, []).append(routing.detach())
         weights = routing.expert_weights
+        if self.expert_dropout and router.training:
+            weights = F.dropout(weights, self.expert_dropout)
         if not (router.training and torch.is_grad_enabled()):
             return weights
-        if self.expert_dropout:
-            weights = F.dropout(weights, self.expert_dropout)
+        self._check_step()
         return self._attach(weights, routing, hidden)
 
     def _route(self, router: Router, hidden: Float[Tensor, "*T D"]) -> Routing:
@@ -148,6 +168,71 @@ class RouterHead:
             self._sink = torch.zeros(size, device=device, requires_grad=True)
         return self._sink
 
+    # --- the schedule
+
+    def follow(self, schedule: ScheduleConfig | None, router_config: RouterConfig) -> None:
+        """Use the inference values of `schedule` until a step is set."""
+        self.schedule, self._router_config = schedule, router_config
+        self._use(None)
+
+    def set_step(self, step: int | None) -> None:
+        """Use the values of optimizer step `step` in training; None: those of inference."""
+        if step != self.step:
+            self._use(step)
+
+    def _use(self, step: int | None) -> None:
+        self.step = step
+        schedule, config, router = self.schedule, self._router_config, self.router
+        if schedule is None or config is None:
+            return
+        inference = schedule.inference(config)
+        self.values = inference if step is None else schedule.at(step, config)
+        self.expert_dropout = self.values.expert_dropout
+        if isinstance(router, LinearRouter):
+            router.use(
+                training=_settings(self.values, config), inference=_settings(inference, config)
+            )
+        self._freeze(self.values.frozen)
+
+    def _freeze(self, frozen: bool) -> None:
+        """Hide the router's gradient, also from a norm that is taken over all gradients.
+
+        It stays trainable: DDP waits for the gradient of each trainable parameter.
+        """
+        if frozen == bool(self._freezing):
+            return
+        for handle in self._freezing:
+            handle.remove()
+        trained = [p for p in self.router.parameters() if p.requires_grad]
+        self._freezing = [p.register_hook(torch.zeros_like) for p in trained] if frozen else []
+
+    @property
+    def trains(self) -> bool:
+        """Whether the experts are trained, not only used."""
+        return any(
+            parameter.requires_grad
+            for bank in self.banks
+            for name in bank.factor_names
+            for parameter in bank.factor(name).parameters()
+        )
+
+    def _check_step(self) -> None:
+        """Notice a training loop that does not say at which step it is."""
+        if self.schedule is None or self.step is not None or self._told:
+            return
+        if torch.compiler.is_compiling() or not self.trains:
+            return
+        self._told = True
+        warnings.warn(
+            "this adapter has a schedule, but nobody says at which optimizer step the training is, "
+            "so the values of inference are used. Use a trainer of moeadapt.training, or add "
+            "MoeAdaptCallback() to yours, or call moeadapt.step_schedule(model, step) before each "
+            "step",
+            stacklevel=2,
+        )
+
+    # --- counts
+
     def pop_counts(self) -> Float[Tensor, " S"] | None:
         """Return the sum of all counts since the last call, still on the device, and reset it."""
         if self._sink is None or self._sink.grad is None:
@@ -168,13 +253,25 @@ class RouterHead:
         return self.router.acts_after_step or any(c.acts_after_step for c in self.balance.values())
 
     def after_step(self, counts: Float[Tensor, " S"], reduce: Callable[[Tensor], Tensor]) -> None:
-        """Let losses and router change what gradients do not train.
+        """Let losses and router change what gradients do not train; not while it is frozen.
 
         Args:
             counts: the counts of this optimizer step, over all processes.
             reduce: sums a tensor over all processes, each of which calls it.
         """
+        if self.values.frozen:
+            return
         tokens, uses = stats.packed_uses(counts, len(self.balance))
         for config in self.balance.values():
             config.after_step(self.router, tokens, uses)
         self.router.after_step(uses, reduce)
+
+
+def _settings(values: ScheduleValues, config: RouterConfig) -> RouterSettings:
+    """Fill in the router's own values."""
+    own_k = getattr(config, "k", None) if isinstance(config, WITH_K) else None
+    return RouterSettings(
+        temperature=values.temperature or getattr(config, "temperature", 1.0),
+        k=values.k or own_k,
+        gate_dropout=values.gate_dropout,
+    )

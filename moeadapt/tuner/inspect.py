@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moeadapt import stats
 from moeadapt.balance import BalanceConfig
-from moeadapt.errors import ConfigError
+from moeadapt.errors import ConfigError, TrainingError
 from moeadapt.routing import Routing
 from moeadapt.tuner.context import RoutingContext, find_context
 from moeadapt.tuner.head import RouterHead
@@ -85,7 +85,7 @@ def pop_router_stats(
     Returns:
         `<adapter>/<layer or block>` -> its statistics.
     """
-    heads = _heads(model)
+    heads = heads_of(model)
     counts = {name: head.pop_counts() for name, head in heads.items()}
     if reduce is None:
         counts = {name: packed for name, packed in counts.items() if packed is not None}
@@ -110,16 +110,74 @@ def pop_router_stats(
     }
 
 
-def after_optimizer_step(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -> None:
+def step_schedule(model: nn.Module, step: int | None) -> None:
+    """Use the training values of `MoeLoraConfig.schedule` for one optimizer step.
+
+    The trainers of moeadapt.training and MoeAdaptCallback do it; call it in a loop of your own
+    before the forward. They hold in training mode, for the adapters that are trained.
+
+    Args:
+        model: the model, in any wrapper.
+        step: the optimizer step, counted from 0; None: training is over, the values of inference
+            hold in both modes.
+
+    Raises:
+        ConfigError: the model has no moeadapt adapter, or `step` is negative.
+        TrainingError: routers are to be frozen or warmed up, and the optimizer does not know.
+
+    Example:
+        >>> moeadapt.attach_optimizer(model, optimizer)
+        >>> for step, inputs in enumerate(loader):
+        ...     moeadapt.step_schedule(model, step)
+        ...     model(**inputs).loss.backward()
+        ...     optimizer.step()
+        ...     moeadapt.after_optimizer_step(model)
+        ...     optimizer.zero_grad()
+    """
+    if step is not None and step < 0:
+        raise ConfigError(f"step={step}: optimizer steps are counted from 0")
+    for name, head in heads_of(model).items():
+        trained = step is not None and (head.schedule is None or head.trains)
+        if (
+            trained
+            and not head.optimizer_attached
+            and head.schedule is not None
+            and head.schedule.acts_on_optimizer
+        ):
+            raise TrainingError(
+                f"router {name!r}: its schedule freezes or warms up the router, which the "
+                "optimizer has to know: call moeadapt.attach_optimizer(model, optimizer) before "
+                "the first step"
+            )
+        head.set_step(step if trained else None)
+
+
+def after_optimizer_step(
+    model: nn.Module,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+    *,
+    step: int | None = None,
+) -> None:
     """Change what gradients do not train: selection biases, adaptive coefficients, live experts.
 
     Does nothing, and does not communicate, where no router or loss asks for it.
 
     Args:
         model: the model, in any wrapper.
-        reduce: sums a tensor over all processes, each of which must call this function.
+        reduce: sums a tensor over all processes, each of which must call this function; None:
+            over those of torch.distributed, or this one alone.
+        step: the optimizer step, so that a second call for the same one does nothing; None: every
+            call counts.
+
+    Raises:
+        ConfigError: the model has no moeadapt adapter.
     """
-    heads = [head for head in _heads(model).values() if head.acts_after_step]
+    reduce = _all_reduce if reduce is None else reduce
+    heads = [head for head in heads_of(model).values() if head.acts_after_step]
+    if step is not None:
+        heads = [head for head in heads if head.followed_step != step]
+        for head in heads:
+            head.followed_step = step
     if not heads:
         return
     device = next(model.parameters()).device
@@ -137,21 +195,30 @@ def after_optimizer_step(model: nn.Module, reduce: Callable[[Tensor], Tensor]) -
 
 def balance_of(model: nn.Module) -> dict[str, dict[str, BalanceConfig]]:
     """Return each router's balance losses by name, under the names of `pop_router_stats`."""
-    return {name: head.balance for name, head in _heads(model).items()}
+    return {name: head.balance for name, head in heads_of(model).items()}
 
 
 def prepare_stats(model: nn.Module, device: torch.device) -> None:
     """Make every router's counters on `device`; a compiled graph cannot."""
     context = require_context(model)
     context.scale(device)
-    for head in _heads(model).values():
+    for head in heads_of(model).values():
         head.sink(device)
 
 
-def _heads(model: nn.Module) -> dict[str, RouterHead]:
+def heads_of(model: nn.Module) -> dict[str, RouterHead]:
+    """Return what routes in `model`: `<adapter>/<layer or block>` -> its head."""
     context = require_context(model)
     return {
         f"{adapter}/{name}": head
         for adapter, heads in context.heads.items()
         for name, head in heads.items()
     }
+
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total

@@ -17,6 +17,8 @@ from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import RoutingContext
 from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.plan import TargetPlan, in_out_features
+from moeadapt.tuner.segments import START_NAMES, make_start, start_from_segments, subtract_start
+from moeadapt.tuner.sizes import router_config
 
 PREFIX = "moeadapt_"
 """Starts the name of every adapter tensor; the lower-cased `peft_type` and an underscore."""
@@ -28,7 +30,13 @@ MERGE_MENU = (
     "plain LoRA"
 )
 
-INITS: dict[Any, Init] = {True: "zero_b", False: "random", "gaussian": "gaussian"}
+INITS: dict[Any, Init] = {
+    True: "zero_b",
+    False: "random",
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "svd_segments": "zero_b",
+}
 
 
 class MoeLoraLinear(nn.Module, BaseTunerLayer):
@@ -38,7 +46,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
     `moeadapt_router.<adapter>` of the layer that routes.
     """
 
-    adapter_layer_names = (*(PREFIX + name for name in FACTOR_NAMES), PREFIX + "router")
+    adapter_layer_names = tuple(PREFIX + name for name in (*FACTOR_NAMES, *START_NAMES, "router"))
     other_param_names = ("moe_banks", "moe_plans", "moe_heads", "moe_blocks", "moe_dropout")
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext, **kwargs: Any) -> None:
@@ -64,13 +72,14 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
     ) -> None:
         """Make the experts of `adapter`, and its router if this layer is the one that routes."""
         experts = config.expert_config
-        for name, factor in experts.bank.make_factors(
-            size, INITS[config.init_lora_weights]
-        ).items():
+        init = INITS[config.init_lora_weights]
+        for name, factor in experts.bank.make_factors(size, init, experts).items():
             getattr(self, PREFIX + name)[adapter] = factor
         factors = {name: getattr(self, PREFIX + name) for name in experts.bank.factor_names}
-        self.moe_banks[adapter] = experts.bank(size, factors, adapter)
+        self.moe_banks[adapter] = experts.bank(size, factors, adapter, experts)
         self.moe_plans[adapter] = plan
+        if config.init_lora_weights == "svd_segments":
+            self._start_from_base(adapter, config, size)
         if config.lora_dropout > 0:
             self.moe_dropout[adapter] = nn.Dropout(config.lora_dropout)
         bank = self.moe_banks[adapter]
@@ -87,9 +96,18 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
+    def _start_from_base(self, adapter: str, config: MoeLoraConfig, size: BankSize) -> None:
+        start = make_start(size)
+        for name, factor in start.items():
+            getattr(self, PREFIX + name)[adapter] = factor
+        # An adapter that is being loaded brings its factors along.
+        if not config.inference_mode:
+            bank = self.moe_banks[adapter]
+            start_from_segments(self.get_base_layer(), self.quantization_backend, bank, start)
+
     def _add_router(self, adapter: str, config: MoeLoraConfig, name: str, dim: int) -> None:
         routers = self._routers()
-        router = config.router_config.build(dim, self.moe_banks[adapter].size.num_experts)
+        router = router_config(config).build(dim, self.moe_banks[adapter].size.num_experts)
         if isinstance(router, LinearRouter):
             router.set_costs(self.moe_banks[adapter].costs())
         for loss in config.balance_configs.values():
@@ -97,6 +115,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             loss.prepare(router)
         routers[adapter] = router
         head = RouterHead(name, routers, adapter, config.balance_configs, self._context)
+        head.follow(config.schedule_config, config.router_config)
         self.moe_heads[adapter] = head
         self._context.heads.setdefault(adapter, {})[name] = head
 
@@ -113,6 +132,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         flat = cast.reshape(-1, x.shape[-1])
         out = self._base(flat, *args, **kwargs)
         for name in adapters:
+            out = self._less_start(name, flat, out)
             weights = self._weights(name, x)
             inplace = self._owns(out)
             out = mix(self._drop(name, flat), weights, self.moe_banks[name], out, inplace=inplace)
@@ -129,13 +149,14 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         slots = block.slots(name)
         if block.is_input(x):
             flat = cast.reshape(-1, x.shape[-1])
-            out = expand(self._drop(name, flat), slots, bank, self._base(flat))
+            onto = self._less_start(name, flat, self._base(flat))
+            out = expand(self._drop(name, flat), slots, bank, onto)
             return out.view(out.shape[0], *x.shape[:-1], out.shape[-1])
         out = contract(
             cast.reshape(x.shape[0], -1, x.shape[-1]),
             slots,
             bank,
-            self._base,
+            lambda combined: self._less_start(name, combined, self._base(combined)),
             dropout=lambda activations: self._drop(name, activations),
         )
         return out.view(*x.shape[1:-1], out.shape[-1])
@@ -153,6 +174,13 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if self.quantization_backend is not None:
             out = self.quantization_backend.maybe_clone_base_result(out)
         return out
+
+    def _less_start(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        """Take off the base output what the experts of `svd_segments` started from."""
+        if name not in getattr(self, PREFIX + START_NAMES[0]):
+            return out
+        start = {key: getattr(self, PREFIX + key)[name] for key in START_NAMES}
+        return subtract_start(out, x, self.moe_banks[name].size, start)
 
     def _cast(self, x: Tensor) -> Tensor:
         """Cast once for the base and the experts what autocast would cast for each of them."""
@@ -176,12 +204,12 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
     # --- what PEFT asks of a layer
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """See `BaseTunerLayer.set_adapter`; frozen routers stay frozen."""
+        """See `BaseTunerLayer.set_adapter`; what is frozen stays frozen."""
         super().set_adapter(adapter_names, inference_mode)
         self._refreeze()
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """See `BaseTunerLayer.set_requires_grad`; frozen routers stay frozen."""
+        """See `BaseTunerLayer.set_requires_grad`; what is frozen stays frozen."""
         super().set_requires_grad(adapter_names, requires_grad)
         self._refreeze()
 
@@ -189,6 +217,11 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         for router in self._routers().values():
             if router.frozen:
                 router.requires_grad_(False)
+        for name in START_NAMES:
+            getattr(self, PREFIX + name).requires_grad_(False)
+        for bank in self.moe_banks.values():
+            for name in bank.frozen:
+                bank.factor(name).requires_grad_(False)
 
     def _routers(self) -> nn.ModuleDict:
         return getattr(self, PREFIX + "router")

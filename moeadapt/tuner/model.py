@@ -1,7 +1,6 @@
 """`MoeLoraModel`: PEFT's view of the method. Plans an injection, checks it, then applies it."""
 
 import copy
-import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,11 +16,9 @@ from peft.utils import (
     get_quantization_kwargs,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError, UnsupportedError
-from moeadapt.experts import BankSize
 from moeadapt.tuner.block import Block, install_blocks
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import (
@@ -31,7 +28,8 @@ from moeadapt.tuner.context import (
     remove_hooks,
 )
 from moeadapt.tuner.layer import MERGE_MENU, PREFIX, MoeLoraLinear
-from moeadapt.tuner.plan import TargetPlan, in_out_features, no_target_message, plan_targets
+from moeadapt.tuner.plan import no_target_message, plan_targets
+from moeadapt.tuner.sizes import plan_sizes
 
 
 class MoeLoraModel(BaseTuner):
@@ -52,7 +50,7 @@ class MoeLoraModel(BaseTuner):
         """See `BaseTuner.inject_adapter`; refuses before the model is touched.
 
         Raises:
-            ConfigError: see `plan_targets`.
+            ConfigError: see `plan_targets` and `plan_sizes`.
         """
         fresh = find_context(model) is None
         try:
@@ -88,7 +86,9 @@ class MoeLoraModel(BaseTuner):
             ) from None
         if not keys and state_dict is None and config.target_modules != DUMMY_TARGET_MODULES:
             raise ConfigError(no_target_message(model, config))
-        self._plans = plan_targets(model, config, keys, get_quantization_kwargs(model))
+        quantization = get_quantization_kwargs(model)
+        self._plans = plan_targets(model, config, keys, quantization)
+        self._sizes = plan_sizes(model, config, self._plans, quantization)
 
     def _target_keys(
         self, model: nn.Module, config: MoeLoraConfig, state_dict: dict[str, Tensor] | None
@@ -117,8 +117,7 @@ class MoeLoraModel(BaseTuner):
         current_key: str,
         **optional: Any,
     ) -> None:
-        plan = self._plans[current_key]
-        size = _bank_size(peft_config, plan, target)
+        plan, size = self._plans[current_key], self._sizes[current_key]
         if isinstance(target, MoeLoraLinear):
             target.add_experts(adapter_name, peft_config, size, plan)
             return
@@ -148,20 +147,3 @@ class MoeLoraModel(BaseTuner):
         remove_hooks(model, Block)
         detach_context(model)
         return model
-
-
-def _bank_size(config: MoeLoraConfig, plan: TargetPlan, target: nn.Module) -> BankSize:
-    rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), plan.key), config.r)
-    alpha = config.alpha_pattern.get(
-        get_pattern_key(list(config.alpha_pattern), plan.key), config.lora_alpha
-    )
-    in_features, out_features = in_out_features(target)
-    routed = plan.placement != "unrouted"
-    return BankSize(
-        in_features=in_features,
-        out_features=out_features,
-        num_experts=config.num_experts if routed else 1,
-        num_shared=config.n_shared if routed else 0,
-        rank=rank,
-        scale=alpha / (math.sqrt(rank) if config.use_rslora else rank),
-    )

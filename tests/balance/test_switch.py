@@ -1,5 +1,7 @@
 """Switch load balancing: what its file promises, and transformers' function as an oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -8,9 +10,15 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from moeadapt.balance.switch import SwitchConfig
 from moeadapt.routers import ROUTERS
 from moeadapt.routing import TokenContext
-from tests.samples import ALL_REAL, D, E, balanced, collapsed, hidden
+from tests.samples import ALL_REAL, D, E, balanced, collapsed, hidden, mixture_of, routing_of
 
-loss = SwitchConfig().loss
+MIXTURE = mixture_of()
+
+
+def loss(routing):
+    return SwitchConfig().loss(routing, MIXTURE)
+
+
 one = torch.ones((), dtype=torch.float64)
 
 
@@ -56,3 +64,12 @@ def test_two_layers_that_collapse_differently_are_not_balanced():
     pooled = load_balancing_loss_func((first.logits.float(), second.float()), 2, 1)
     assert_close(pooled, torch.tensor(1.0))
     assert_close(loss(first), 2 * one)
+
+
+def test_null_experts_count_as_their_average():
+    """AdaMoE's form: two null experts used 3 and 1 times count as used twice each."""
+    chosen = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0], [1, 0, 1, 0], [0, 1, 0, 1]]).double()
+    logits = torch.randn(4, 4, dtype=torch.float64)
+    routing = replace(routing_of(logits, chosen / 2, 2), null_experts=2)
+    probs = logits.softmax(-1).mean(0)
+    assert_close(loss(routing), 4 * (probs * torch.tensor([2, 2, 2, 2]).double() / 8).sum())

@@ -7,9 +7,13 @@ import torch
 from torch.testing import assert_close
 
 from moeadapt.balance.z_loss import ZLossConfig
-from tests.samples import E, T, collapsed, routing_of
+from tests.samples import E, T, collapsed, mixture_of, routing_of
 
-loss = ZLossConfig().loss
+MIXTURE = mixture_of()
+
+
+def loss(routing):
+    return ZLossConfig().loss(routing, MIXTURE)
 
 
 @pytest.mark.parametrize("mask", [None, torch.arange(T) % 3 > 0], ids=["all", "masked"])
@@ -31,3 +35,9 @@ def test_it_is_log_e_squared_when_all_logits_are_zero(num_experts):
 
 def test_it_is_about_the_squared_logit_at_collapse():
     assert_close(float(loss(collapsed(logit=50.0))), 50.0**2)
+
+
+def test_its_gradient_is_that_of_its_formula():
+    torch.manual_seed(0)
+    logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: loss(routing_of(x, x.softmax(-1), E)), logits)

@@ -51,9 +51,10 @@ def test_a_balance_loss_is_one_finite_number_that_trains_something(loss_name, sp
 
 
 @losses
-def test_a_coefficient_of_zero_and_above_is_accepted(loss_name):
+def test_a_number_alone_is_accepted_from_zero_on(loss_name):
     for coef in (0, 0.0, 1e-3, 5):
-        assert parse_balance({loss_name: coef})[loss_name].coef == coef
+        config = parse_balance({loss_name: coef})[loss_name]
+        assert getattr(config, config.shorthand) == coef
 
 
 @losses

@@ -102,7 +102,9 @@ def test_a_fresh_ffn_bank_changes_not_one_bit(expert, spec, dtype):
         nn.Linear(b.size.in_features, b.size.out_features, dtype=dtype, bias=False) for b in banks
     )
     x = hidden().to(dtype)
-    slots = Slots.of(router(x, ALL_REAL).expert_weights, router.max_active, sums_to_one=router.sums_to_one)
+    slots = Slots.of(
+        router(x, ALL_REAL).expert_weights, router.max_active, sums_to_one=router.sums_to_one
+    )
     # relu is exact; on a CPU silu may differ in its last bit between positions of one tensor.
     wide = F.relu(expand(x, slots, banks[0], gate(x))) * expand(x, slots, banks[1], up(x))
     narrow = F.relu(gate(x)) * up(x)

@@ -17,7 +17,7 @@ from tests.tiny import tiny
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(p for p in ROOT.glob("configs/*/*.yaml") if p.parent.name in OBJECTIVES)
 CPU = ["--use_cpu", "--bf16", "false"]
-ARCHITECTURE = {"smollm2": "llama", "qwen3": "qwen3", "llama3.2": "llama"}
+ARCHITECTURE = {"smollm2": "llama", "smollm2-135m": "llama", "qwen3": "qwen3", "llama3.2": "llama"}
 
 recipes = pytest.mark.parametrize("path", RECIPES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 
@@ -38,9 +38,10 @@ def test_a_recipe_builds_on_a_model_of_its_architecture(path):
         config = model.config
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config)
+    targets = recipe.moe.target_modules
     adapted = get_peft_model(model, recipe.moe)
     layers = [m for m in adapted.modules() if isinstance(m, MoeLoraLinear)]
-    assert len(layers) == 14
+    assert len(layers) == 2 * (7 if targets == "all-linear" else len(targets))
 
 
 @recipes

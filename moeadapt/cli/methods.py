@@ -1,0 +1,59 @@
+"""`moeadapt methods`: what every registry holds, with its source."""
+
+import json
+
+import typer
+
+from moeadapt.cli.outcome import reports_errors
+
+PIPE_WIDTH = 160
+"""Columns of a table that goes to a file: rich would take 80."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command("methods")(methods)
+
+
+@reports_errors
+def methods(
+    kind: str | None = typer.Argument(
+        None, help="router, balance, experts or preset; all if none."
+    ),
+    as_json: bool = typer.Option(False, "--json", help="Print machine-readable entries."),
+    as_markdown: bool = typer.Option(False, "--markdown", help="Print docs/methods.md."),
+) -> None:
+    """List routers, balance losses, expert types and presets, and where they were published."""
+    from moeadapt import catalogue
+    from moeadapt.errors import ConfigError, did_you_mean
+
+    if kind is not None and kind not in catalogue.KINDS:
+        raise ConfigError(
+            f"unknown kind {kind!r}; one of {sorted(catalogue.KINDS)}"
+            f"{did_you_mean(kind, catalogue.KINDS)}"
+        )
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown exclude each other")
+    if as_markdown and kind is not None:
+        raise ConfigError(f"--markdown prints every kind; leave out {kind!r}")
+    if as_markdown:
+        typer.echo(catalogue.markdown(), nl=False)
+        return
+    found = [method for method in catalogue.methods() if kind in (None, method.kind)]
+    if as_json:
+        typer.echo(json.dumps([method.to_dict() for method in found], indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal:
+        console.width = PIPE_WIDTH
+    for name, (title, _) in catalogue.KINDS.items():
+        if kind in (None, name):
+            source = Column("source", overflow="fold")
+            table = Table("name", "what it is", source, title=title, title_justify="left")
+            for method in found:
+                if method.kind == name:
+                    table.add_row(method.name, method.line, method.url or method.source)
+            console.print(table)
