@@ -11,7 +11,7 @@ help:
 	@echo "make install  only set up .venv"
 	@echo "make slow     the tests that download or take long"
 	@echo "make format   fix what the linter can fix"
-	@echo "make docs     write docs/methods.md from the docstrings"
+	@echo "make docs     write the tables of docs/ from the code"
 
 install: $(STAMP)
 
@@ -41,6 +41,8 @@ docs: install
 	mkdir -p docs
 	$(BIN)/moeadapt methods --markdown > docs/methods.md.new
 	mv docs/methods.md.new docs/methods.md
+	$(BIN)/moeadapt methods --combinations > docs/combinations.md.new
+	mv docs/combinations.md.new docs/combinations.md
 
 slow: install
 	$(BIN)/python -m pytest -m "slow or network or trajectory"

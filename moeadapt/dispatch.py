@@ -56,12 +56,12 @@ def mix_reference(
     """Define `mix`: one token and one expert at a time."""
     rows = []
     for t in range(x.shape[0]):
-        token = x[t : t + 1]
+        token, base = x[t : t + 1], onto[t : t + 1]
         row = onto[t]
         for e in range(bank.size.num_experts):
-            row = row + weights[t, e].to(x.dtype) * bank.apply_one(token, e)[0]
+            row = row + weights[t, e].to(x.dtype) * bank.apply_one(token, e, base)[0]
         for e in range(bank.size.num_experts, bank.size.total_experts):
-            row = row + bank.apply_one(token, e)[0]
+            row = row + bank.apply_one(token, e, base)[0]
         rows.append(row)
     return torch.stack(rows)
 

@@ -6,10 +6,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from moeadapt.dispatch import Slots, combine, contract, expand, mix, mix_reference, with_shared
-from moeadapt.experts import EXPERTS
+from tests.contracts.kit import experts, ffn_experts, matrices
 from tests.samples import ALL_REAL, OUT, D, E, T, factors_of, hidden, make_bank, make_router
-
-experts = pytest.mark.parametrize("expert", sorted(EXPERTS))
 
 
 @pytest.fixture(autouse=True)
@@ -26,7 +24,7 @@ def test_shared_experts_get_weight_one_and_come_last():
     assert with_shared(weights, 0) is weights
 
 
-@experts
+@matrices
 def test_mixing_in_place_writes_where_it_is_told(expert):
     bank, x, onto = make_bank(expert), hidden(), hidden(T, OUT)
     weights = torch.rand(T, E, dtype=torch.float64)
@@ -40,7 +38,7 @@ def test_mixing_in_place_writes_where_it_is_told(expert):
     assert not torch.equal(before, onto)
 
 
-@experts
+@pytest.mark.parametrize("expert", ["lora", "heterogeneous", "rank1", "shared_b"])
 def test_an_expert_that_is_not_chosen_may_overflow_in_float16(expert):
     bank = make_bank(expert)
     for factor in factors_of(bank):
@@ -129,7 +127,7 @@ def test_a_combination_is_the_weighted_sum():
     assert_close(combine(each, slots), (each * slots.weights.unsqueeze(-1)).sum(0))
 
 
-@experts
+@ffn_experts
 def test_dropout_meets_the_experts_and_not_the_base(expert):
     bank = make_bank(expert, 11, OUT)
     base = nn.Linear(11, OUT).double()
@@ -140,7 +138,7 @@ def test_dropout_meets_the_experts_and_not_the_base(expert):
     assert not torch.allclose(contract(wide, slots, bank, base), only_base)
 
 
-@experts
+@ffn_experts
 def test_the_base_projections_of_an_ffn_run_once_whatever_k(expert):
     calls = []
     base = nn.Linear(11, OUT).double()

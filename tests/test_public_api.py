@@ -45,6 +45,8 @@ def test_public_names_are_these():
         "attach_optimizer",
         "collect_routing",
         "errors",
+        "init_from_adapters",
+        "init_routers_kmeans",
         "set_aux_loss_scale",
         "step_schedule",
     ]

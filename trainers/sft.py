@@ -29,6 +29,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=eval_dataset if recipe.evaluates else None,
         processing_class=tokenizer,
         peft_config=recipe.moe,
+        **recipe.run.router_options.keywords(),
     )
     trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()

@@ -22,6 +22,9 @@ def methods(
     ),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable entries."),
     as_markdown: bool = typer.Option(False, "--markdown", help="Print docs/methods.md."),
+    as_combinations: bool = typer.Option(
+        False, "--combinations", help="Print what goes together: docs/combinations.md."
+    ),
 ) -> None:
     """List routers, balance losses, expert types and presets, and where they were published."""
     from moeadapt import catalogue
@@ -32,8 +35,13 @@ def methods(
             f"unknown kind {kind!r}; one of {sorted(catalogue.KINDS)}"
             f"{did_you_mean(kind, catalogue.KINDS)}"
         )
-    if as_json and as_markdown:
-        raise ConfigError("--json and --markdown exclude each other")
+    if as_json + as_markdown + as_combinations > 1:
+        raise ConfigError("--json, --markdown and --combinations exclude each other")
+    if as_combinations:
+        from moeadapt.tuner import combinations
+
+        typer.echo(combinations.markdown(), nl=False)
+        return
     if as_markdown and kind is not None:
         raise ConfigError(f"--markdown prints every kind; leave out {kind!r}")
     if as_markdown:

@@ -124,9 +124,8 @@ def _keep_precision(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def renormalize(weights: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:
-    """Divide each row by its sum; a row of zeros stays."""
-    total = weights.sum(-1, keepdim=True)
-    return weights / torch.where(total == 0, torch.ones_like(total), total)
+    """Divide each row by its sum, which must not be zero."""
+    return weights / weights.sum(-1, keepdim=True)
 
 
 class RouterConfig(ComponentConfig, ABC):

@@ -115,7 +115,9 @@ class TopKRouter(LinearRouter):
         if not self.null_experts:
             return renormalize(weights)
         own, null = weights.split([self.num_experts, self.null_experts], -1)
-        return torch.cat([renormalize(own), null], -1)
+        total = own.sum(-1, keepdim=True)
+        # A token may have chosen null experts only: its weights stay zero.
+        return torch.cat([own / torch.where(total == 0, torch.ones_like(total), total), null], -1)
 
     def _noise(
         self, hidden: Float[Tensor, "T D"], logits: Float[Tensor, "T W"]

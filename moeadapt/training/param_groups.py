@@ -38,6 +38,10 @@ class RouterOptions:
                 f"router_weight_decay={self.weight_decay!r} must be a finite number >= 0, or None"
             )
 
+    def keywords(self) -> dict[str, float | None]:
+        """Return them as the keywords that trainers take."""
+        return {f"router_{name}": value for name, value in vars(self).items()}
+
     @property
     def own_group(self) -> bool:
         """Whether an optimizer needs groups of their own for them."""

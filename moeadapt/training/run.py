@@ -28,9 +28,7 @@ def build_trainer(recipe: Recipe) -> Any:
         eval_dataset=test if recipe.evaluates else None,
         processing_class=tokenizer,
         peft_config=recipe.moe,
-        router_learning_rate=recipe.run.router_learning_rate,
-        router_weight_decay=recipe.run.router_weight_decay,
-        router_max_grad_norm=recipe.run.router_max_grad_norm,
+        **recipe.run.router_options.keywords(),
         **extra,
     )
 

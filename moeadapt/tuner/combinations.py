@@ -90,8 +90,8 @@ def markdown() -> str:
         "<!-- Written by `make docs` from the checks of the code. -->",
         "",
         f"Every router with every expert type in every placement: {len(found)} combinations, "
-        f"{len(found) - len(refused)} work, {len(refused)} are refused. A test trains, saves, loads "
-        "and generates with each one that works.",
+        f"{len(found) - len(refused)} work, {len(refused)} are refused. A test trains, saves, "
+        "loads and generates with each one that works.",
         "",
         "| refused | reason |",
         "| --- | --- |",

@@ -75,4 +75,10 @@ losses = pytest.mark.parametrize("loss_name", sorted(BALANCE))
 experts = pytest.mark.parametrize("expert", sorted(EXPERTS))
 entries = pytest.mark.parametrize(("registry", "name"), ENTRIES, ids=label)
 fields = pytest.mark.parametrize(("registry", "name", "field"), FIELDS, ids=label)
+matrices = pytest.mark.parametrize("expert", [n for n in sorted(EXPERTS) if EXPERTS[n].bank.linear])
+"""Expert types of which each expert is one matrix."""
+ffn_experts = pytest.mark.parametrize(
+    "expert", [n for n in sorted(EXPERTS) if EXPERTS[n]().refusal("ffn") is None]
+)
+"""Expert types that can span an FFN."""
 shared = pytest.mark.parametrize("num_shared", [0, 2])

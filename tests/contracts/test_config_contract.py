@@ -32,7 +32,7 @@ def test_whatever_a_field_accepts_survives_json(registry, name, field):
     default = registry.parse(name)
     words = every_arg(registry[name].model_fields[field].annotation)
     accepted = []
-    for value in [True, False, 1, 3, 0.125, 0.1, None, *words]:
+    for value in [True, False, 1, 3, 0.125, 0.1, None, [1, 2], *words]:
         with contextlib.suppress(ConfigError):
             accepted.append(registry.parse({"name": name, field: value}))
     for config in accepted:

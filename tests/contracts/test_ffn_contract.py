@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from moeadapt.dispatch import Slots, combine, contract, expand, ffn_reference
 from moeadapt.routers import ROUTERS
 from tests.contracts.kit import (
-    experts,
+    ffn_experts,
     routers,
 )
 from tests.samples import (
@@ -70,7 +70,7 @@ def make_ffn(expert: str, num_shared: int, gated: bool, bias: bool):
     return fast, slow, leaves
 
 
-@experts
+@ffn_experts
 @routers
 @pytest.mark.parametrize(("gated", "bias", "num_shared"), [(True, False, 2), (False, True, 0)])
 def test_the_fast_ffn_mixture_equals_its_definition(expert, num_shared, spec, gated, bias):
@@ -89,7 +89,7 @@ def test_the_fast_ffn_mixture_equals_its_definition(expert, num_shared, spec, ga
         assert_close(quick, definition)
 
 
-@experts
+@ffn_experts
 @routers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_fresh_ffn_bank_changes_not_one_bit(expert, spec, dtype):

@@ -58,7 +58,7 @@ def test_it_trains_saves_loads_and_generates(one, tmp_path):
     assert torch.equal(logits(again, inputs), expected)
     with model.disable_adapter():
         assert (logits(model, inputs) - expected).abs().max() > 0
-    if not ROUTERS.parse(one.router).build(4, 4).causal:
+    if one.router == "expert_choice":
         with pytest.raises(UnsupportedError):
             again.generate(**inputs, max_new_tokens=2)
         return

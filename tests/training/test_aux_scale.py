@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moeadapt import MoeAdaptCallback, aux_loss
 from moeadapt.errors import TrainingError
+from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.session import Session
 from moeadapt.tuner.context import find_context
 from tests.tiny import adapted, batch, labels_of
@@ -189,7 +190,8 @@ def test_fp16_autocast_without_a_scale_is_refused() -> None:
 
 def test_an_enabled_scaler_multiplies_the_scale_and_a_disabled_one_does_not() -> None:
     model = adapted("llama", "block", balance={"switch": 0.1})
-    session = Session(model, torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    session = Session(model, torch.device("cpu"), optimizer, RouterOptions())
     scale = find_context(model).scale(torch.device("cpu"))
     for scaler, expected in (
         (torch.amp.GradScaler("cpu", init_scale=1024.0), 256.0),
