@@ -15,6 +15,7 @@ from moeadapt.routers.sequence import route
 from moeadapt.routers.sigmoid import SigmoidConfig
 from moeadapt.routers.soft import SoftConfig
 from moeadapt.routers.sparsegen import SparsegenConfig
+from moeadapt.routers.sparsemax import SparsemaxConfig
 from moeadapt.routers.switch import SwitchConfig
 from moeadapt.routers.threshold import ThresholdConfig
 from moeadapt.routers.top_k import TopKConfig
@@ -36,6 +37,7 @@ ROUTERS: Registry[RouterConfig] = Registry(
         "sigmoid": SigmoidConfig,
         "soft": SoftConfig,
         "sparsegen": SparsegenConfig,
+        "sparsemax": SparsemaxConfig,
         "switch": SwitchConfig,
         "threshold": ThresholdConfig,
         "top_k": TopKConfig,

@@ -264,3 +264,15 @@ def test_padding_does_not_ask_for_an_expert():
 def test_settings_that_do_not_fit_the_number_of_experts_are_refused(spec, message):
     with pytest.raises(ConfigError, match=message):
         ROUTERS.parse(spec).build(D, E)
+
+
+def test_sparsemax_is_the_nearest_point_of_the_simplex():
+    """Martins and Astudillo 2016, https://arxiv.org/abs/1602.02068, eq. 1: no point is nearer."""
+    router = make_router("sparsemax")
+    routing = router(hidden(31), context(31))
+    distance = (routing.weights - routing.logits).square().sum(-1)
+    others = torch.rand(31, 2000, E, dtype=torch.float64).pow(3)
+    others = others / others.sum(-1, keepdim=True)
+    assert ((others - routing.logits[:, None]).square().sum(-1) >= distance[:, None]).all()
+    assert len(counts(routing.weights)) > 1
+    assert_close(routing.weights, sparsegen(routing.logits, torch.ones(31, 1).double()))
