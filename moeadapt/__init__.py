@@ -14,10 +14,16 @@ if TYPE_CHECKING:
     from moeadapt import errors as errors
     from moeadapt.balance import BALANCE as BALANCE
     from moeadapt.experts import EXPERTS as EXPERTS
+    from moeadapt.export import surgery as surgery
+    from moeadapt.export.merge import densify as densify
+    from moeadapt.export.merge import merge as merge
+    from moeadapt.export.split import split as split
+    from moeadapt.export.upcycle import upcycle as upcycle
     from moeadapt.presets import PRESETS as PRESETS
     from moeadapt.routers import ROUTERS as ROUTERS
     from moeadapt.routing import Routing as Routing
     from moeadapt.training.callback import MoeAdaptCallback as MoeAdaptCallback
+    from moeadapt.training.distill import distill as distill
     from moeadapt.training.router_step import attach_optimizer as attach_optimizer
     from moeadapt.tuner.config import MoeLoraConfig as MoeLoraConfig
     from moeadapt.tuner.from_adapters import init_from_adapters as init_from_adapters
@@ -38,11 +44,17 @@ _HOME = {
     "after_optimizer_step": "moeadapt.tuner.inspect",
     "attach_optimizer": "moeadapt.training.router_step",
     "collect_routing": "moeadapt.tuner.inspect",
+    "densify": "moeadapt.export.merge",
+    "distill": "moeadapt.training.distill",
     "errors": "moeadapt",
     "init_from_adapters": "moeadapt.tuner.from_adapters",
     "init_routers_kmeans": "moeadapt.tuner.init",
+    "merge": "moeadapt.export.merge",
     "set_aux_loss_scale": "moeadapt.tuner.inspect",
+    "split": "moeadapt.export.split",
     "step_schedule": "moeadapt.tuner.inspect",
+    "upcycle": "moeadapt.export.upcycle",
+    "surgery": "moeadapt.export",
 }
 
 __all__ = [*_HOME, "__version__"]
@@ -52,8 +64,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'moeadapt' has no attribute {name!r}")
-    if name == "errors":
-        return importlib.import_module("moeadapt.errors")
+    if name in ("errors", "surgery"):
+        return importlib.import_module(f"{_HOME[name]}.{name}")
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

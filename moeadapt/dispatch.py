@@ -1,7 +1,8 @@
 """Sends tokens through their experts: the fast forms, and beside them their slow definitions.
 
-The routing weights multiply the rank axis of the experts, never their outputs: no tensor has both
-an expert and an output axis, all shapes are static, and nothing is sorted or synchronised.
+The routing weights multiply the rank axis of the experts (the hidden axis of those that are small
+FFNs), never their outputs: no tensor has both an expert and an output axis, all shapes are static,
+and nothing is sorted or synchronised.
 
 Letters: T tokens, D in, O out, E experts, N routed + shared experts, K slots, F width of the FFN.
 """
@@ -33,7 +34,8 @@ def mix(
     """Return `onto + sum_e weights[:, e] * expert_e(x)`, shared experts with weight 1.
 
     Args:
-        x: tokens.
+        x: tokens that the experts read: the linear's input, or that of the whole FFN for experts
+            that stand beside it.
         weights: routing weights, 0 for experts not chosen; None: 1 for every expert (a bank of one
             expert is then an ordinary LoRA).
         bank: the experts.

@@ -30,6 +30,10 @@ class AssetError(MoeAdaptError, OSError):
     """A file that has to be downloaded or converted could not be had, or is not what it claims."""
 
 
+class ExportError(MoeAdaptError, ValueError):
+    """A written checkpoint would not be what was asked for: tensors lack, or answers differ."""
+
+
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the nearest known word, or an empty string.
 

@@ -44,11 +44,17 @@ def test_public_names_are_these():
         "after_optimizer_step",
         "attach_optimizer",
         "collect_routing",
+        "densify",
+        "distill",
         "errors",
         "init_from_adapters",
         "init_routers_kmeans",
+        "merge",
         "set_aux_loss_scale",
+        "split",
         "step_schedule",
+        "surgery",
+        "upcycle",
     ]
 
 

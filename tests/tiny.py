@@ -65,10 +65,19 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 """Name -> its configuration; tied embeddings in gpt2, opt and gemma, biases in gpt2 and opt."""
 
-KINDS = ("layer", "block", "ffn")
+LORA_KINDS = ("layer", "block", "ffn")
 """A router per linear, a routing per block, experts that span the FFN."""
 
-CASES = [(name, kind) for name in MODELS for kind in KINDS]
+KINDS = (*LORA_KINDS, "glu")
+"""The same, and small FFNs beside the FFN."""
+
+# The FFNs of qwen3 and mistral are those of llama, and small FFNs see nothing else.
+CASES = [
+    (name, kind)
+    for name in MODELS
+    for kind in KINDS
+    if kind != "glu" or name not in ("qwen3", "mistral")
+]
 
 
 def tiny(name: str, seed: int = 0, auto: Any = None, **config_fields: Any) -> PreTrainedModel:
@@ -110,7 +119,8 @@ def moe_config(kind: str, **overrides: Any) -> MoeLoraConfig:
         "router": {"name": "top_k", "k": 2, "init_std": 0.5},
         "balance": None,
         "target_modules": "all-linear",
-        "placement": "ffn" if kind == "ffn" else "linear",
+        "experts": {"name": "glu", "dim": 6, "scale": 1.5} if kind == "glu" else "lora",
+        "placement": kind if kind in ("ffn", "glu") else "linear",
         "router_scope": "block" if kind == "block" else "layer",
         "init_lora_weights": False,
     }

@@ -2,7 +2,7 @@
 
 import typer
 
-from moeadapt.cli import demo, methods, plan, train, validate
+from moeadapt.cli import demo, merge, methods, plan, split, train, upcycle, validate
 from moeadapt.version import __version__
 
 app = typer.Typer(
@@ -13,7 +13,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for verb in (demo, train, validate, plan, methods):
+for verb in (demo, train, validate, plan, methods, merge, split, upcycle):
     verb.add_to(app)
 
 

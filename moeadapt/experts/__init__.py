@@ -1,6 +1,7 @@
 """Experts: what one expert adds to a linear layer. One file per type, one line here."""
 
 from moeadapt.experts.base import BankSize, ExpertBank, ExpertConfig, Factor
+from moeadapt.experts.glu import GluConfig
 from moeadapt.experts.heterogeneous import HeterogeneousConfig
 from moeadapt.experts.ia3 import Ia3Config
 from moeadapt.experts.lora import LoraConfig
@@ -13,6 +14,7 @@ from moeadapt.registry import Registry
 EXPERTS: Registry[ExpertConfig] = Registry(
     "expert",
     {
+        "glu": GluConfig,
         "heterogeneous": HeterogeneousConfig,
         "ia3": Ia3Config,
         "lora": LoraConfig,

@@ -2,8 +2,8 @@
 
     delta(x) = up( gate( down(x), weights ) )
 
-`down` and `up` are linear and independent of the routing, so E experts of rank r are one LoRA of
-rank E*r whose rank axis is multiplied by the routing weights, token by token.
+`down` and `up` are independent of the routing (and, but for `glu`, linear), so E experts of rank r
+are one LoRA of rank E*r whose rank axis is multiplied by the routing weights, token by token.
 
 Letters: T tokens, D in, O out, E experts, R width of the gated axis.
 """

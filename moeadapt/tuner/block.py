@@ -34,12 +34,13 @@ class Block:
         self.owners: dict[str, MoeLoraLinear] = {}
         self._weights: dict[str, Tensor] = {}
         self._slots: dict[str, Slots] = {}
+        self._inputs: dict[str, Tensor] = {}
         self._hidden_dims = 0
         self._open_slots = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the routing of a running forward."""
-        return {**self.__dict__, "_weights": {}, "_slots": {}, "_open_slots": 0}
+        return {**self.__dict__, "_weights": {}, "_slots": {}, "_inputs": {}, "_open_slots": 0}
 
     def install(self, model: nn.Module) -> None:
         """(Re)register the hooks on the modules that now sit at the planned paths."""
@@ -56,7 +57,10 @@ class Block:
                 continue
             head = owner.moe_heads[adapter]
             weights = head(hidden)
-            if owner.moe_plans[adapter].placement == "ffn":
+            placement = owner.moe_plans[adapter].placement
+            if placement == "glu":
+                self._inputs[adapter] = hidden
+            if placement == "ffn":
                 self._slots[adapter] = Slots.of(
                     weights, head.router.max_active, sums_to_one=head.sums_to_one
                 )
@@ -68,6 +72,7 @@ class Block:
         open_slots, self._open_slots = self._open_slots, 0
         self._weights.clear()
         self._slots.clear()
+        self._inputs.clear()
         if open_slots and output is not None:
             raise UnsupportedError(
                 f"placement 'ffn': {self.plan.path} does not end in one of its target linears; "
@@ -81,6 +86,10 @@ class Block:
     def slots(self, adapter: str) -> Slots:
         """Return the running routing of `adapter` as slots."""
         return self._running(self._slots, adapter)
+
+    def input(self, adapter: str) -> Tensor:
+        """Return the input of the running block, for experts that stand beside it."""
+        return self._running(self._inputs, adapter)
 
     def is_input(self, x: Tensor) -> bool:
         """Whether `x` is the block's input; otherwise it carries a leading axis of slots.

@@ -16,6 +16,7 @@ PLACEMENTS = {
     "linear, layer": {"placement": "linear", "router_scope": "layer"},
     "linear, block": {"placement": "linear", "router_scope": "block"},
     "ffn": {"placement": "ffn"},
+    "glu": {"placement": "glu"},
 }
 """Name -> the fields of `MoeLoraConfig` that choose it."""
 
@@ -40,9 +41,11 @@ class Combination:
 
 
 def expert_spec(name: str, num_experts: int = NUM_EXPERTS, rank: int = RANK) -> dict[str, object]:
-    """Return an expert type with the settings that it cannot be without."""
+    """Return an expert type with the settings that it cannot be without, and small."""
     if name == "heterogeneous":
         return {"name": name, "ranks": [rank // 2, rank] * (num_experts // 2)}
+    if name == "glu":
+        return {"name": name, "dim": rank}
     return {"name": name}
 
 

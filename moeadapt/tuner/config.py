@@ -27,8 +27,8 @@ class MoeLoraConfig(PeftConfig):
     """Settings of a mixture of LoRA experts.
 
     Attributes:
-        r: rank of ONE expert, >= 1.
-        lora_alpha: deltas are scaled by lora_alpha / r, > 0.
+        r: rank of ONE expert, >= 1; with `glu` that of the unrouted LoRA only.
+        lora_alpha: deltas are scaled by lora_alpha / r, > 0; see `r`.
         num_experts: routed experts per router, >= 1.
         experts_pattern: numbers of experts that differ, overriding `num_experts`: module name or
             regex -> number, or a list, for as many equal groups of layers from the first to the
@@ -43,9 +43,12 @@ class MoeLoraConfig(PeftConfig):
             example `{"k": {"start": 4, "end": 2, "steps": 100}}`.
         experts: a name of `moeadapt.EXPERTS`, or `{"name": ..., **options}`.
         placement: `linear`: every target linear mixes its own deltas; `ffn`: experts span the
-            whole FFN, attention targets get an unrouted LoRA beside them.
+            whole FFN, attention targets get an unrouted LoRA beside them; `glu`: small gated FFNs
+            beside the frozen FFN, `FFN(x) + scale * sum_e w_e down_e(act(gate_e x) * up_e x)`, with
+            `experts={"name": "glu", "dim": width}`, attention targets as with `ffn`.
         router_scope: for `linear`: `layer`, a router per target linear, or `block`, one routing
-            from the block's input for all target linears of an attention or FFN block.
+            from the block's input for all target linears of an attention or FFN block. `ffn` and
+            `glu` have a router per FFN.
         n_shared: always-on experts beside the routed ones, >= 0.
         target_modules: as in `LoraConfig`: names, a regex, or "all-linear".
         exclude_modules: as in `LoraConfig`: names or a regex to leave out.
@@ -85,7 +88,7 @@ class MoeLoraConfig(PeftConfig):
     balance: dict[str, Any] | None = field(default_factory=lambda: {"switch": 0.01})
     schedule: dict[str, Any] | None = None
     experts: str | dict[str, Any] = "lora"
-    placement: Literal["linear", "ffn"] = "linear"
+    placement: Literal["linear", "ffn", "glu"] = "linear"
     router_scope: Literal["layer", "block"] = "layer"
     n_shared: Annotated[int, Field(ge=0)] = 0
     target_modules: Names | None = None

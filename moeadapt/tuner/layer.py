@@ -11,12 +11,13 @@ from moeadapt.dispatch import contract, expand, mix
 from moeadapt.errors import UnsupportedError
 from moeadapt.experts import FACTOR_NAMES, BankSize, ExpertBank
 from moeadapt.experts.base import Init
+from moeadapt.experts.glu import GluBank
 from moeadapt.routers import LinearRouter
 from moeadapt.tuner.block import Block
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import RoutingContext
 from moeadapt.tuner.head import RouterHead
-from moeadapt.tuner.plan import TargetPlan, in_out_features
+from moeadapt.tuner.plan import TargetPlan, experts_of, in_out_features
 from moeadapt.tuner.segments import START_NAMES, make_start, start_from_segments, subtract_start
 from moeadapt.tuner.sizes import router_config
 
@@ -26,8 +27,9 @@ PREFIX = "moeadapt_"
 MERGE_MENU = (
     "the mixture depends on the input, so no single weight equals it. Instead: keep the adapter "
     "and load it with PeftModel.from_pretrained; switch it off with model.disable_adapter(); get "
-    "the base model back with model.unload(); or, where one merged weight is needed, train a "
-    "plain LoRA"
+    "the base model back with model.unload(); or, where one merged weight is needed, make a plain "
+    "LoRA with moeadapt.merge (least_squares, usage, uniform or single), which measures what it "
+    "keeps, with moeadapt.distill, or one LoRA per expert with moeadapt.split"
 )
 
 INITS: dict[Any, Init] = {
@@ -71,7 +73,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         self, adapter: str, config: MoeLoraConfig, size: BankSize, plan: TargetPlan
     ) -> None:
         """Make the experts of `adapter`, and its router if this layer is the one that routes."""
-        experts = config.expert_config
+        experts = experts_of(config, plan)
         init = INITS[config.init_lora_weights]
         for name, factor in experts.bank.make_factors(size, init, experts).items():
             getattr(self, PREFIX + name)[adapter] = factor
@@ -83,6 +85,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if config.lora_dropout > 0:
             self.moe_dropout[adapter] = nn.Dropout(config.lora_dropout)
         bank = self.moe_banks[adapter]
+        if isinstance(bank, GluBank) and plan.activation is not None:
+            bank.activation = plan.activation
         if plan.block is not None:
             block = self._context.blocks.setdefault(plan.block.path, Block(plan.block))
             self.moe_blocks[adapter] = block
@@ -134,8 +138,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         for name in adapters:
             out = self._less_start(name, flat, out)
             weights = self._weights(name, x)
-            inplace = self._owns(out)
-            out = mix(self._drop(name, flat), weights, self.moe_banks[name], out, inplace=inplace)
+            seen, inplace = self._drop(name, self._seen(name, flat)), self._owns(out)
+            out = mix(seen, weights, self.moe_banks[name], out, inplace=inplace)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def _forward_ffn(self, x: Tensor, adapters: list[str]) -> Tensor:
@@ -160,6 +164,13 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             dropout=lambda activations: self._drop(name, activations),
         )
         return out.view(*x.shape[1:-1], out.shape[-1])
+
+    def _seen(self, name: str, flat: Tensor) -> Tensor:
+        """Return what the experts read: the block's input where they stand beside a whole FFN."""
+        if self.moe_plans[name].placement != "glu":
+            return flat
+        hidden = self._cast(self.moe_blocks[name].input(name))
+        return hidden.reshape(-1, hidden.shape[-1])
 
     def _weights(self, name: str, x: Tensor) -> Tensor | None:
         plan = self.moe_plans[name]

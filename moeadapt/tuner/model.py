@@ -2,8 +2,9 @@
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 from peft.tuners.tuners_utils import (
@@ -37,6 +38,7 @@ class MoeLoraModel(BaseTuner):
 
     prefix = PREFIX
     tuner_layer_cls = MoeLoraLinear
+    _ffn_ends: Mapping[str, str] = MappingProxyType({})
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(
@@ -89,6 +91,8 @@ class MoeLoraModel(BaseTuner):
         quantization = get_quantization_kwargs(model)
         self._plans = plan_targets(model, config, keys, quantization)
         self._sizes = plan_sizes(model, config, self._plans, quantization)
+        ends = {p.block.path: k for k, p in self._plans.items() if p.block and p.placement == "glu"}
+        self._ffn_ends = {**self._ffn_ends, **ends}
 
     def _target_keys(
         self, model: nn.Module, config: MoeLoraConfig, state_dict: dict[str, Tensor] | None
@@ -105,7 +109,14 @@ class MoeLoraModel(BaseTuner):
         # Both helpers write into the config; PEFT calls them again on the real one.
         own = self._prepare_adapter_config(copy.copy(config), self.get_model_config(model))
         own = _maybe_include_all_linear_layers(own, model)
-        return [name for name in names if self._check_target_module_exists(own, name)]
+        return [name for name in names if BaseTuner._check_target_module_exists(own, name)]
+
+    def _check_target_module_exists(self, peft_config: MoeLoraConfig, key: str) -> Any:  # type: ignore[override]
+        """See `BaseTuner`; of an FFN with experts beside it, only the output projection is one."""
+        end = self._ffn_ends.get(key.rpartition(".")[0], key)
+        if peft_config.placement == "glu" and key != end:
+            return False
+        return super()._check_target_module_exists(peft_config, key)
 
     def _create_and_replace(
         self,

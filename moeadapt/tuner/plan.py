@@ -1,19 +1,20 @@
 """What an injection will do, decided and checked before the model is touched."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from moeadapt.errors import ConfigError, did_you_mean
+from moeadapt.experts import EXPERTS, ExpertConfig
 from moeadapt.tuner.config import MoeLoraConfig
 
-Placement = Literal["linear", "ffn", "unrouted"]
+Placement = Literal["linear", "ffn", "glu", "unrouted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,17 +35,27 @@ class BlockPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetPlan:
-    """One target linear: how its experts are placed, and the block that routes it, if any."""
+    """One target linear: how its experts are placed, and the block that routes it, if any.
+
+    Attributes:
+        key: path of the linear.
+        placement: `glu`: it is the output projection of an FFN and owns what stands beside that.
+        block: what routes it.
+        activation: of the base FFN; None: nobody needs it.
+    """
 
     key: str
     placement: Placement
     block: BlockPlan | None
+    activation: Callable[[Tensor], Tensor] | None = None
 
 
 def plan_targets(
     model: nn.Module, config: MoeLoraConfig, keys: Iterable[str], quantization: Mapping[str, Any]
 ) -> dict[str, TargetPlan]:
     """Decide what becomes of each target linear.
+
+    With placement `glu` the input projections of an FFN are left out: nothing happens to them.
 
     Args:
         model: the base model, possibly with other adapters.
@@ -53,7 +64,8 @@ def plan_targets(
         quantization: what `peft.utils.get_quantization_kwargs(model)` returned.
 
     Raises:
-        ConfigError: a target is not a linear layer, or an FFN is only partly targeted.
+        ConfigError: a target is not a linear layer, an FFN is only partly targeted, or it cannot
+            be told what its parts are.
     """
     keys = list(keys)
     for key in keys:
@@ -62,12 +74,19 @@ def plan_targets(
     for path in dict.fromkeys(_parent(key) for key in keys):
         own = [key for key in keys if _parent(key) == path]
         plans.update((p.key, p) for p in _plan_parent(model, config, path, own))
-    if config.placement == "ffn" and plans and not any(p.block for p in plans.values()):
+    if config.placement != "linear" and plans and not any(p.block for p in plans.values()):
         raise ConfigError(
-            f"placement='ffn' found no FFN among the targets {_some(keys)}; target the FFN's "
-            "linears, for example target_modules='all-linear'"
+            f"placement={config.placement!r} found no FFN among the targets {_some(keys)}; target "
+            "the FFN's linears, for example target_modules='all-linear'"
         )
-    return {key: plans[key] for key in keys}
+    return {key: plans[key] for key in keys if key in plans}
+
+
+def experts_of(config: MoeLoraConfig, plan: TargetPlan) -> ExpertConfig:
+    """Return the expert type of one target; beside small FFNs the others have a plain LoRA."""
+    if config.placement == "glu" and plan.placement == "unrouted":
+        return EXPERTS.parse("lora")
+    return config.expert_config
 
 
 def no_target_message(model: nn.Module, config: MoeLoraConfig) -> str:
@@ -103,18 +122,25 @@ def _plan_parent(
     is_ffn = _in_layer(path) and not _is_attention(path)
     if config.placement == "linear" and config.router_scope == "layer":
         return [TargetPlan(key=key, placement="linear", block=None) for key in keys]
-    if config.placement == "ffn" and not is_ffn:
+    if config.placement != "linear" and not is_ffn:
         return [TargetPlan(key=key, placement="unrouted", block=None) for key in keys]
-    whole_ffn = config.placement == "ffn"
-    if whole_ffn:
+    if config.placement != "linear":
+        _check_ffn(config.placement, path, linears)
+    if config.placement == "ffn":
         _check_whole(path, linears, keys)
     block = BlockPlan(
         path=path,
         entry=path if _holds_only(parent) else linears[0],
         dim=in_out_features(model.get_submodule(linears[0]))[0],
     )
-    placement: Placement = "ffn" if whole_ffn else "linear"
-    return [TargetPlan(key=key, placement=placement, block=block) for key in keys]
+    if config.placement == "glu":
+        output = _output_projection(model, path, linears, block.dim, keys)
+        return [
+            TargetPlan(
+                key=output, placement="glu", block=block, activation=_activation(path, parent)
+            )
+        ]
+    return [TargetPlan(key=key, placement=config.placement, block=block) for key in keys]
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:
@@ -152,12 +178,16 @@ def _unused() -> None:
     """Stand in for torchao's re-quantisation, which a mixture never needs: it is not merged."""
 
 
-def _check_whole(path: str, linears: list[str], keys: list[str]) -> None:
+def _check_ffn(placement: str, path: str, linears: list[str]) -> None:
     if len(linears) == 1:
         raise ConfigError(
-            f"placement='ffn': {linears[0]!r} stands alone in {path!r}, which is no FFN with an "
-            "input and an output projection. Add it to exclude_modules, or use placement='linear'."
+            f"placement={placement!r}: {linears[0]!r} stands alone in {path!r}, which is no FFN "
+            "with an input and an output projection. Add it to exclude_modules, or use "
+            "placement='linear'."
         )
+
+
+def _check_whole(path: str, linears: list[str], keys: list[str]) -> None:
     missing = [key for key in linears if key not in keys]
     if missing:
         raise ConfigError(
@@ -165,6 +195,41 @@ def _check_whole(path: str, linears: list[str], keys: list[str]) -> None:
             f"not targeted: {_some(missing)}. Add them to target_modules, or use "
             "placement='linear'."
         )
+
+
+def _output_projection(
+    model: nn.Module, path: str, linears: list[str], dim: int, keys: list[str]
+) -> str:
+    """Return the linear that ends the FFN: the only one that does not read the FFN's input."""
+    found = [key for key in linears if in_out_features(model.get_submodule(key))[0] != dim]
+    if len(found) != 1:
+        raise ConfigError(
+            f"placement='glu' cannot tell the output projection of {path!r}: of {_some(linears)}, "
+            f"{len(found)} do not have its input width {dim}, and one is expected. Add them to "
+            "exclude_modules, or use placement='linear'."
+        )
+    if found[0] not in keys:
+        raise ConfigError(
+            f"placement='glu' adds its experts to the output of {found[0]!r}, which is not "
+            f"targeted, while {_some(keys)} of the same FFN are. Add it to target_modules, or use "
+            "placement='linear'."
+        )
+    return found[0]
+
+
+def _activation(path: str, parent: nn.Module) -> Callable[[Tensor], Tensor]:
+    found = [name for name in ACTIVATION_NAMES if callable(getattr(parent, name, None))]
+    if found:
+        return getattr(parent, found[0])
+    raise ConfigError(
+        f"placement='glu' gives the experts the activation of the base FFN, and {path!r} has none "
+        f"under the names {list(ACTIVATION_NAMES)}. Add its linears to exclude_modules, or use "
+        "placement='ffn' or 'linear'."
+    )
+
+
+ACTIVATION_NAMES = ("act_fn", "activation_fn", "act", "activation", "activation_function")
+"""Where the FFNs of transformers keep their activation function."""
 
 
 def _holds_only(parent: nn.Module) -> bool:

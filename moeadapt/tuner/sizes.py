@@ -60,22 +60,17 @@ def check_settings(config: MoeLoraConfig) -> int:
         ConfigError: says which settings contradict each other.
     """
     experts, name = config.expert_config, EXPERTS.name_of(config.expert_config)
-    reason = experts.refusal(config.placement)
-    if reason is not None:
-        raise ConfigError(
-            f"experts {name!r} do not work with placement={config.placement!r}: {reason}. Use "
-            "placement='linear'."
-        )
+    _check_placement(config, name)
     if name == "ia3" and config.lora_dropout:
         raise ConfigError(
             f"lora_dropout={config.lora_dropout} has no effect on experts 'ia3', which do not read "
             "the input; use lora_dropout=0"
         )
     _check_init(config, name)
-    if config.granularity > 1 and name in ("heterogeneous", "rank1"):
+    if config.granularity > 1 and name in ("glu", "heterogeneous", "rank1"):
         raise ConfigError(
             f"granularity={config.granularity} does not go with experts {name!r}, which set the "
-            "rank of each expert themselves; use granularity=1"
+            f"{'width' if name == 'glu' else 'rank'} of each expert themselves; use granularity=1"
         )
     schedule = config.schedule_config
     if config.granularity > 1 and schedule and (schedule.k or schedule.k_inference):
@@ -142,6 +137,10 @@ def svd_scale(size: BankSize) -> float:
 def _bank_size(model: nn.Module, config: MoeLoraConfig, plan: TargetPlan) -> BankSize:
     rank = _matching(config.rank_pattern, plan.key, config.r)
     in_features, out_features = in_out_features(model.get_submodule(plan.key))
+    if plan.placement == "glu" and plan.block is not None:
+        _check_patterns(config, plan.key)
+        count = _num_experts(model, config, plan.key)
+        return _routed_size(config, count, rank, plan.block.dim, out_features)
     if _routed(plan):
         count = _num_experts(model, config, plan.key)
         size = _routed_size(config, count, rank, in_features, out_features)
@@ -235,6 +234,32 @@ def _check_losses(config: MoeLoraConfig, sizes: Iterable[BankSize]) -> None:
         for loss in losses:
             loss.check(built)
             loss.check_experts(bank)
+
+
+def _check_placement(config: MoeLoraConfig, name: str) -> None:
+    if config.placement == "glu" and name != "glu":
+        raise ConfigError(
+            "placement='glu' puts small FFNs beside the base FFN, and the other expert types "
+            "change a single linear; use experts={'name': 'glu', 'dim': 128} (dim: width of one "
+            "expert), or another placement"
+        )
+    reason = config.expert_config.refusal(config.placement)
+    if reason is not None:
+        works = "glu" if name == "glu" else "linear"
+        raise ConfigError(
+            f"experts {name!r} do not work with placement={config.placement!r}: {reason}. Use "
+            f"placement={works!r}."
+        )
+
+
+def _check_patterns(config: MoeLoraConfig, key: str) -> None:
+    for field in ("rank_pattern", "alpha_pattern"):
+        value = _matching(getattr(config, field), key, None)
+        if value is not None:
+            raise ConfigError(
+                f"{field} gives {key!r} {value}, but experts 'glu' have no rank and no alpha: "
+                "their options are dim and scale. Let the pattern name attention layers only."
+            )
 
 
 def _check_init(config: MoeLoraConfig, name: str) -> None:

@@ -10,6 +10,8 @@ from moeadapt.tuner.inspect import after_optimizer_step
 from tests.tiny import KINDS, adapted, batch, gradients, tiny
 
 EVERY = dict.fromkeys(sorted(BALANCE), 0.01)
+OF_MATRICES = {"contrastive", "orthogonal"}
+"""Losses that compare the matrices of LoRA experts, which small FFNs do not have."""
 NULL = {"name": "top_k", "k": 2, "null_experts": 2, "init_std": 0.5}
 STATES = {
     "selection_bias": {"router": "top_k", "balance": {"loss_free": {"rate": 0.125}}},
@@ -52,7 +54,9 @@ def test_an_adaptive_state_moves_and_comes_back_with_the_adapter(kind, name, tmp
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_loss_works_at_once_in_every_placement(kind):
     plain = gradients(adapted("llama", kind, router=NULL).train(), batch())
-    model = adapted("llama", kind, router=NULL, balance=EVERY).train()
+    left_out = OF_MATRICES if kind == "glu" else set()
+    losses = {name: coef for name, coef in EVERY.items() if name not in left_out}
+    model = adapted("llama", kind, router=NULL, balance=losses).train()
     found = gradients(model, batch())
     assert found.keys() == plain.keys()
     assert all(torch.isfinite(gradient).all() for gradient in found.values())

@@ -86,7 +86,12 @@ def test_a_new_aux_scale_takes_effect_without_recompiling(kind: str) -> None:
     assert all(not torch.allclose(first[n], second[n]) for n in routers)
 
 
-ROUTERS = {"layer": "uniform", "block": {"name": "random"}, "ffn": {"name": "top_k", "k": 1}}
+ROUTERS = {
+    "layer": "uniform",
+    "block": {"name": "random"},
+    "ffn": {"name": "top_k", "k": 1},
+    "glu": {"name": "top_k", "k": 1},
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)

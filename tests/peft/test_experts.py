@@ -14,7 +14,7 @@ from moeadapt.tuner import MoeLoraLinear
 from moeadapt.tuner.context import find_context
 from tests.tiny import (
     HIDDEN,
-    KINDS,
+    LORA_KINDS,
     adapted,
     batch,
     gradients,
@@ -44,7 +44,7 @@ TYPES: dict[str, dict[str, Any]] = {
 CASES = [
     (name, kind)
     for name in TYPES
-    for kind in KINDS
+    for kind in LORA_KINDS
     if kind != "ffn" or name not in ("ia3", "orthogonalize")
 ]
 cases = pytest.mark.parametrize(("name", "kind"), CASES)

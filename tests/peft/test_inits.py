@@ -18,7 +18,7 @@ import moeadapt
 from moeadapt.errors import ConfigError
 from moeadapt.tuner import MoeLoraLinear
 from moeadapt.tuner.init import spherical_kmeans
-from tests.tiny import KINDS, adapt, adapted, batch, gradients, logits, moe_config, tiny
+from tests.tiny import KINDS, LORA_KINDS, adapt, adapted, batch, gradients, logits, moe_config, tiny
 
 SVD = {"init_lora_weights": "svd_segments", "r": 2}
 TARGETS = ["q_proj", "down_proj"]
@@ -46,7 +46,7 @@ def test_experts_start_from_the_segments_of_the_papers_formula():
         assert_close(a.norm(dim=-1), b.norm(dim=0), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LORA_KINDS)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_equal_weights_start_as_the_base_and_the_base_is_never_changed(name, kind):
     base, inputs = tiny(name), batch()

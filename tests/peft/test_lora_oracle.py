@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch.testing import assert_close
 
-from tests.tiny import KINDS, adapt, batch, gradients, logits, moe_config, tiny
+from tests.tiny import LORA_KINDS, adapt, batch, gradients, logits, moe_config, tiny
 
 MODELS = ["llama", "gpt2", "opt"]
 
@@ -50,7 +50,7 @@ def _one_expert(name: str, kind: str, lora: PeftModel, **fields: Any) -> PeftMod
 # A pattern may name modules that only some of the models have.
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")
 @pytest.mark.parametrize("setting", sorted(SETTINGS))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LORA_KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_one_expert_is_plain_lora(name: str, kind: str, setting: str) -> None:
     lora = _lora(name, **SETTINGS[setting])
@@ -62,7 +62,7 @@ def test_one_expert_is_plain_lora(name: str, kind: str, setting: str) -> None:
         assert_close(mine[name_of], theirs[name_of.replace("moeadapt_", "")])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LORA_KINDS)
 def test_dropout_draws_what_lora_draws(kind: str) -> None:
     lora = _lora("llama", lora_dropout=0.5).train()
     ours = _one_expert("llama", kind, lora, lora_dropout=0.5).train()
@@ -76,7 +76,7 @@ def test_dropout_draws_what_lora_draws(kind: str) -> None:
     assert_close(without, logits(lora.eval(), batch()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LORA_KINDS)
 def test_equal_experts_under_any_router_are_plain_lora(kind: str) -> None:
     lora = _lora("llama")
     ours = adapt(tiny("llama"), moe_config(kind)).double()

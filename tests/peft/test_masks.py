@@ -133,5 +133,6 @@ def test_routings_are_named_by_layer_or_block(kind: str) -> None:
         "layer": set(model.base_model.targeted_module_names),
         "block": blocks,
         "ffn": {b for b in blocks if b.endswith("mlp")},
+        "glu": {b for b in blocks if b.endswith("mlp")},
     }
     assert set(found) == expected[kind]

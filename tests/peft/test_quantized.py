@@ -17,7 +17,17 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from moeadapt.tuner import MoeLoraLinear
-from tests.tiny import KINDS, adapt, batch, gradients, labels_of, logits, moe_config, tiny
+from tests.tiny import (
+    KINDS,
+    LORA_KINDS,
+    adapt,
+    batch,
+    gradients,
+    labels_of,
+    logits,
+    moe_config,
+    tiny,
+)
 
 # The packages' own; what our code causes would still fail.
 pytestmark = [
@@ -129,7 +139,7 @@ def test_saving_and_loading_gives_the_same_outputs(kind: str, quantized, tmp_pat
     assert torch.equal(logits(loaded, batch()), expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", LORA_KINDS)
 def test_one_expert_on_a_quantised_base_is_plain_lora(kind: str, quantized) -> None:
     lora = adapt(quantized(), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     ours = adapt(quantized(), moe_config(kind, num_experts=1, router="uniform"))
@@ -145,7 +155,8 @@ def test_one_expert_on_a_quantised_base_is_plain_lora(kind: str, quantized) -> N
 def test_a_quantised_layer_is_seen_and_never_merged(kind: str, quantized) -> None:
     model = get_peft_model(quantized(), moe_config(kind))
     layers = [m for m in model.modules() if isinstance(m, MoeLoraLinear)]
-    assert len(layers) == 14
+    # Small FFNs hang on the output projection; the FFN's other two linears stay as they are.
+    assert len(layers) == (10 if kind == "glu" else 14)
     assert all(layer.quantization_backend is not None for layer in layers)
     with pytest.raises(NotImplementedError, match="model.unload"):
         model.merge_and_unload()

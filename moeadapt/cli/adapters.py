@@ -1,0 +1,130 @@
+"""What verbs on a trained adapter share: the options, the model behind a folder, rows of a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moeadapt.errors import AssetError, ConfigError
+
+ADAPTER_HELP = "Folder of a saved moeadapt adapter."
+BASE_HELP = "Base model; default: the one the adapter names."
+DTYPE_HELP = "Type the base is loaded in: auto, float32, bfloat16 or float16."
+
+
+def load_adapter(folder: str, base: str | None, dtype: str) -> tuple[Any, Any]:
+    """Load a mixture and its tokenizer.
+
+    Raises:
+        ConfigError: `folder` holds no moeadapt adapter.
+        AssetError: a file or the base model cannot be read.
+    """
+    settings = _settings(Path(folder))
+    name = base or settings.get("base_model_name_or_path")
+    if not name:
+        raise ConfigError(f"{folder} does not say what its base model is; give --base")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ConfigError(f"--dtype {dtype!r}: one of auto, float32, bfloat16, float16")
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    from moeadapt.training.base_model import load_base
+    from moeadapt.training.objectives import OBJECTIVES
+    from moeadapt.training.recipe import RunArguments
+
+    run = RunArguments(model_name_or_path=name, dtype=dtype)  # type: ignore[arg-type]
+    model, tokenizer = load_base(run, OBJECTIVES["sft"])
+    try:
+        mixture = PeftModel.from_pretrained(model, folder)
+    except (OSError, SafetensorError) as error:
+        raise AssetError(f"cannot read the adapter {folder}: {error}") from error
+    mixture.peft_config["default"].base_model_name_or_path = name
+    return mixture.eval(), tokenizer
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(
+            f"{folder} has no {' and no '.join(missing)}; give the folder of an adapter saved with "
+            "model.save_pretrained"
+        )
+    try:
+        settings = json.loads(paths[0].read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{paths[0]} is damaged: {error}") from None
+    if not isinstance(settings, dict) or settings.get("peft_type") != "MOEADAPT":
+        raise ConfigError(f"{folder} is no moeadapt adapter: peft_type is not 'MOEADAPT'")
+    return settings
+
+
+def read_rows(path: str) -> list[dict[str, Any]]:
+    """Read a .jsonl file of rows with `text`, `prompt` and `completion`, or `messages`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a row has other columns.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(f"{path}:{number}: not JSON: {error}") from None
+        wanted = (("text",), ("prompt", "completion"), ("messages",))
+        if not isinstance(row, dict) or not any(set(names) <= row.keys() for names in wanted):
+            raise ConfigError(
+                f"{path}:{number}: a row has text, or prompt and completion, or messages; and "
+                "maybe domain"
+            )
+        rows.append(row)
+    if not rows:
+        raise ConfigError(f"{path} has no rows")
+    return rows
+
+
+def to_batches(
+    rows: list[dict[str, Any]], tokenizer: Any, *, max_length: int, batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Tokenise rows; the loss is on completions alone where rows have prompts."""
+    import torch
+
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        own = rows[start : start + batch_size]
+        coded = [_encode(row, tokenizer, max_length) for row in own]
+        width = max(len(ids) for ids, _ in coded)
+        ids_BS = torch.full((len(own), width), tokenizer.pad_token_id)
+        labels_BS = torch.full((len(own), width), -100)
+        mask_BS = torch.zeros((len(own), width), dtype=torch.long)
+        for i, (ids, prompt) in enumerate(coded):
+            ids_BS[i, : len(ids)] = torch.tensor(ids)
+            labels_BS[i, prompt : len(ids)] = torch.tensor(ids[prompt:])
+            mask_BS[i, : len(ids)] = 1
+        batch: dict[str, Any] = {
+            "input_ids": ids_BS,
+            "attention_mask": mask_BS,
+            "labels": labels_BS,
+        }
+        if any("domain" in row for row in rows):
+            batch["domain"] = [str(row.get("domain", "other")) for row in own]
+        batches.append(batch)
+    return batches
+
+
+def _encode(row: dict[str, Any], tokenizer: Any, max_length: int) -> tuple[list[int], int]:
+    """Return the tokens of a row and how many of them are its prompt."""
+    if "messages" in row:
+        ids = tokenizer.apply_chat_template(row["messages"], return_dict=False)
+        return list(ids)[:max_length], 0
+    if "text" in row:
+        return tokenizer(row["text"])["input_ids"][:max_length], 0
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    said = tokenizer(row["completion"], add_special_tokens=False)["input_ids"] + eos
+    return (prompt + said)[:max_length], min(len(prompt), max_length)

@@ -1,0 +1,152 @@
+"""`moeadapt merge ADAPTER --method ... --out DIR`: one ordinary LoRA in place of a mixture."""
+
+import json
+from typing import Any
+
+import typer
+
+from moeadapt.cli.adapters import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    DTYPE_HELP,
+    load_adapter,
+    read_rows,
+    to_batches,
+)
+from moeadapt.cli.outcome import reports_errors
+
+HELD_OUT = 5
+"""Every so many rows of the data, one is held out for the losses."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command("merge")(merge)
+
+
+@reports_errors
+def merge(
+    adapter: str = typer.Argument(help=ADAPTER_HELP),
+    out: str = typer.Option(..., help="Folder to write, new or empty."),
+    method: str = typer.Option(
+        "least_squares",
+        help="least_squares, usage, uniform, single; sum, mean, top_k, svd; or distill.",
+    ),
+    data: str | None = typer.Option(
+        None, help="A .jsonl file of text, prompt and completion, or messages; maybe domain."
+    ),
+    held_out: str | None = typer.Option(
+        None, help="Another such file for the losses; default: every fifth row of --data."
+    ),
+    expert: int | None = typer.Option(None, help="For single: which expert."),
+    rank: int | None = typer.Option(None, help="Largest rank; default: all experts together."),
+    base: str | None = typer.Option(None, help=BASE_HELP),
+    dtype: str = typer.Option("auto", help=DTYPE_HELP),
+    max_length: int = typer.Option(1024, min=2, help="Tokens of a row, the rest is cut."),
+    steps: int = typer.Option(200, min=1, help="For distill: optimizer steps."),
+    learning_rate: float = typer.Option(2e-4, help="For distill."),
+    as_json: bool = typer.Option(False, "--json", help="Print machine-readable results."),
+) -> None:
+    """Make one ordinary PEFT LoRA adapter of a mixture, and say what it keeps.
+
+    No LoRA equals a mixture whose routing depends on the input. With --data the residual of each
+    method and the held-out losses with the mixture, with the LoRA and without either are printed.
+    """
+    from moeadapt.errors import ConfigError
+    from moeadapt.export.merge_methods import MERGES
+    from moeadapt.tuner.plain import check_folder
+
+    if data is None and (method == "distill" or MERGES[method].needs_data):
+        raise ConfigError(f"--method {method} needs --data")
+    check_folder(out)
+    rows = None if data is None else read_rows(data)
+    others = None if held_out is None else read_rows(held_out)
+    model, tokenizer = load_adapter(adapter, base, dtype)
+    if rows is not None and others is None and len(rows) >= HELD_OUT:
+        others = rows[HELD_OUT - 1 :: HELD_OUT]
+        rows = [row for i, row in enumerate(rows) if i % HELD_OUT != HELD_OUT - 1]
+    batches = None if rows is None else to_batches(rows, tokenizer, max_length=max_length)
+    held = None if others is None else to_batches(others, tokenizer, max_length=max_length)
+    if method == "distill":
+        result = _distill(
+            model, tokenizer, rows or [], held, out, rank, steps, learning_rate, max_length
+        )
+    else:
+        from moeadapt.export.merge import merge as run
+
+        result = run(model, out, method, expert=expert, rank=rank, data=batches, held_out=held)
+    if as_json:
+        typer.echo(json.dumps(result.to_dict(), indent=2))
+    else:
+        _print(result.to_dict())
+
+
+def _distill(
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, Any]],
+    held_out: Any,
+    out: str,
+    rank: int | None,
+    steps: int,
+    learning_rate: float,
+    max_length: int,
+) -> Any:
+    import tempfile
+
+    import torch
+    import trl
+    from datasets import Dataset
+
+    from moeadapt.training.distill import distill
+
+    plain = [{k: v for k, v in row.items() if k != "domain"} for row in rows]
+    with tempfile.TemporaryDirectory() as scratch:
+        args = trl.SFTConfig(
+            output_dir=scratch,
+            max_steps=steps,
+            learning_rate=learning_rate,
+            max_length=max_length,
+            logging_steps=max(steps // 10, 1),
+            save_strategy="no",
+            report_to="none",
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        )
+        return distill(
+            model,
+            Dataset.from_list(plain),
+            args=args,
+            out_dir=out,
+            rank=rank,
+            tokenizer=tokenizer,
+            held_out=held_out,
+        )
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, emoji=False, highlight=False)
+    menu = dict(found.get("menu", {}))
+    if found.get("residuals") is not None:
+        menu[found["method"]["name"]] = found["mean_residual"]
+        table = Table("method", "residual", title="Mean residual (0 exact, 1 no adapter)")
+        for name, value in sorted(menu.items(), key=lambda item: item[1]):
+            table.add_row(name, f"{value:.3f}")
+        console.print(table)
+        table = Table("linear", "rank", "residual", title=f"Each linear, {found['method']['name']}")
+        for key, rank in found["ranks"].items():
+            value = found["residuals"].get(key)
+            table.add_row(key, str(rank), "exact" if value is None else f"{value:.3f}")
+        console.print(table)
+    if found["losses"]:
+        held = "held-out rows" if found["held_out"] else "the data itself"
+        names = list(found["losses"])
+        table = Table("domain", *names, title=f"Loss per token on {held}")
+        table.add_row("all", *(f"{found['losses'][name]['mean']:.4f}" for name in names))
+        for domain in found["losses"][names[0]]["by_domain"]:
+            values = [found["losses"][name]["by_domain"][domain] for name in names]
+            table.add_row(domain, *(f"{value:.4f}" for value in values))
+        console.print(table)
+    console.print(f"wrote {found['out_dir']}")

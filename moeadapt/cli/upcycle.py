@@ -1,0 +1,92 @@
+"""`moeadapt upcycle <base> <out>`: a dense checkpoint as a stock mixture of experts."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from moeadapt.cli.outcome import reports_errors
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the verb."""
+    app.command("upcycle")(upcycle)
+
+
+@reports_errors
+def upcycle(
+    base: str = typer.Argument(help="Folder of the dense checkpoint."),
+    out: str = typer.Argument(help="Folder to write; new or empty."),
+    num_experts: int | None = typer.Option(
+        None, help="Copies of each FFN; the number of sources if there are any."
+    ),
+    top_k: int = typer.Option(2, help="Copies used per token."),
+    target: str = typer.Option("auto", help="A stock class, such as mixtral or qwen3_moe."),
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A fine-tuned copy or LoRA adapter of the base, one expert each; repeat."
+        ),
+    ] = None,
+    noise: float = typer.Option(0.0, help="Noise on every expert, over the matrix's deviation."),
+    drop: float = typer.Option(0.0, help="Share of hidden units drawn anew in every expert."),
+    granularity: int = typer.Option(1, help="Experts that each copy is cut into."),
+    gate_init: str = typer.Option("random", help="random, hidden or kmeans."),
+    gate_texts: str | None = typer.Option(
+        None, help="JSON file: for kmeans a list of texts, for hidden a list of lists."
+    ),
+    engine: Annotated[list[str] | None, typer.Option(help="Where it must run; repeat.")] = None,
+    untie: bool = typer.Option(False, help="Write a shared output head as its own tensor."),
+    dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; as the base."),
+    seed: int = typer.Option(0, help="Of everything random."),
+    verify: bool = typer.Option(True, help="Load the result and compare it with the base."),
+    max_shard_mb: int = typer.Option(5000, help="Largest file, in 10^6 bytes."),
+    as_json: bool = typer.Option(False, "--json", help="Print the receipt as JSON."),
+) -> None:
+    """Write a dense checkpoint as a mixture of its FFNs that transformers loads as it is."""
+    import torch
+
+    from moeadapt.errors import ConfigError
+    from moeadapt.export.upcycle import upcycle as write
+
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype!r}: one of {list(DTYPES)}")
+    receipt = write(
+        base,
+        out,
+        num_experts,
+        top_k,
+        target,
+        sources=source or (),
+        noise=noise,
+        drop=drop,
+        granularity=granularity,
+        gate_init=gate_init,
+        gate_texts=_texts(gate_texts),
+        engines=engine or (),
+        untie=untie,
+        dtype=None if dtype is None else getattr(torch, dtype),
+        seed=seed,
+        verify=verify,
+        max_shard_bytes=max_shard_mb * 10**6,
+    )
+    typer.echo(json.dumps(receipt.to_dict(), indent=2) if as_json else receipt.text())
+
+
+def _texts(path: str | None) -> list[str] | list[list[str]] | None:
+    from moeadapt.errors import ConfigError
+
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            texts = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"gate_texts {path}: {error}") from error
+    groups = texts if isinstance(texts, list) else [None]
+    flat = [text for group in groups for text in (group if isinstance(group, list) else [group])]
+    if not flat or not all(isinstance(text, str) for text in flat):
+        raise ConfigError(f"gate_texts {path}: a list of texts, or a list of lists of texts")
+    return texts

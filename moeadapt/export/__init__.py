@@ -1,0 +1,1 @@
+"""Mixtures as stock checkpoints: upcycling, export, merging, surgery."""

@@ -1,0 +1,74 @@
+"""A dense checkpoint with a plain LoRA adapter merged into what is read, tensor by tensor."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moeadapt.errors import ConfigError
+from moeadapt.export.source import FolderSource, Source, hash_files
+from moeadapt.tuner.from_adapters import _read
+
+
+class LoraSource(Source):
+    """Reads W + scale * B A where the adapter has a pair, W elsewhere."""
+
+    def __init__(self, base: Source, folder: str | Path) -> None:
+        """Read the adapter of `folder`.
+
+        Raises:
+            ConfigError: it is no plain LoRA in safetensors, or was trained on another base.
+        """
+        self.config, self.folder = base.config, base.folder
+        self._base, self._adapter = base, Path(folder)
+        self._pairs = {f"{key}.weight": pair for key, pair in _read(Path(folder)).items()}
+        known = base.tensors()
+        for name, pair in self._pairs.items():
+            shape = (pair.b.shape[0], pair.a.shape[1])
+            if name not in known or known[name][0] != shape:
+                there = known[name][0] if name in known else "no such tensor"
+                raise ConfigError(
+                    f"{folder} changes {name} {shape}, and the base has {there}; was it trained on "
+                    "another base?"
+                )
+
+    def tensors(self) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """See `Source.tensors`."""
+        return self._base.tensors()
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """See `Source.read`; in float32 where the adapter adds something."""
+        value = self._base.read(name, rows)
+        if name not in self._pairs:
+            return value
+        pair = self._pairs[name]
+        b = pair.b if rows is None else pair.b[rows[0] : rows[1]]
+        return value.float().addmm_(b.float(), pair.a.float(), alpha=pair.scale)
+
+    def fingerprint(self) -> str:
+        """See `Source.fingerprint`; that of the adapter."""
+        return hash_files([self._adapter / "adapter_model.safetensors"])
+
+
+def open_variant(base: Source, folder: str | Path) -> Source:
+    """Return a reader of a fine-tuned checkpoint or of a LoRA adapter of `base`.
+
+    Raises:
+        ConfigError: it is neither, or its tensors are not those of `base`.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        return LoraSource(base, folder)
+    source = FolderSource(folder)
+    ours = {name: shape for name, (shape, _) in base.tensors().items()}
+    theirs = {name: shape for name, (shape, _) in source.tensors().items()}
+    other = sorted(
+        name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+    )
+    if other or source.config.model_type != base.config.model_type:
+        raise ConfigError(
+            f"{folder} is not a fine-tuned copy of the base: {len(other)} tensors differ in name "
+            f"or shape, first {other[:3]}"
+        )
+    return source
