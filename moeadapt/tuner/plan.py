@@ -25,11 +25,13 @@ class BlockPlan:
         entry: the module whose input is routed: the block itself, or its first linear where the
             linears sit directly in a decoder layer (OPT).
         dim: width of the routed input.
+        first: the linear that reads the routed input first, targeted or not.
     """
 
     path: str
     entry: str
     dim: int
+    first: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,7 @@ def _plan_parent(
         path=path,
         entry=path if _holds_only(parent) else linears[0],
         dim=in_out_features(model.get_submodule(linears[0]))[0],
+        first=linears[0],
     )
     placement: Placement = "ffn" if whole_ffn else "linear"
     return [TargetPlan(key=key, placement=placement, block=block) for key in keys]

@@ -39,6 +39,7 @@ def plan_sizes(
             work with the router or the experts.
     """
     sizes = {key: _bank_size(model, config, plan) for key, plan in plans.items()}
+    _check_pattern_matches(config, plans)
     _check_blocks(plans, sizes)
     check_router(config, {s.num_experts for k, s in sizes.items() if _routed(plans[k])})
     for key, size in sizes.items():
@@ -47,6 +48,7 @@ def plan_sizes(
         if config.init_lora_weights == "svd_segments":
             _check_segments(key, size, model.get_submodule(key), quantization)
     _check_losses(config, {size for key, size in sizes.items() if _routed(plans[key])})
+    _check_hidden(config, plans)
     return sizes
 
 
@@ -207,6 +209,17 @@ def _routed(plan: TargetPlan) -> bool:
     return plan.placement != "unrouted"
 
 
+def _check_pattern_matches(config: MoeLoraConfig, plans: Mapping[str, TargetPlan]) -> None:
+    if not isinstance(config.experts_pattern, dict):
+        return
+    for pattern in config.experts_pattern:
+        if not any(get_pattern_key([pattern], key) != key or pattern == key for key in plans):
+            raise ConfigError(
+                f"experts_pattern: {pattern!r} matches none of the {len(plans)} targets, such as "
+                f"{next(iter(plans))!r}; a pattern is the end of a module path, or a regex for it"
+            )
+
+
 def _check_blocks(plans: Mapping[str, TargetPlan], sizes: Mapping[str, BankSize]) -> None:
     blocks: dict[str, dict[str, int]] = defaultdict(dict)
     for key, plan in plans.items():
@@ -235,6 +248,18 @@ def _check_losses(config: MoeLoraConfig, sizes: Iterable[BankSize]) -> None:
         for loss in losses:
             loss.check(built)
             loss.check_experts(bank)
+
+
+def _check_hidden(config: MoeLoraConfig, plans: Mapping[str, TargetPlan]) -> None:
+    """Refuse losses over expert features where no experts see what is routed."""
+    reading = [name for name, loss in config.balance_configs.items() if loss.reads_hidden]
+    for key, plan in plans.items():
+        if reading and plan.block is not None and plan.block.first not in plans:
+            raise ConfigError(
+                f"balance loss {reading[0]!r} compares what experts make of the routed hidden "
+                f"states, and the targets of {plan.block.path!r} (such as {key!r}) do not read "
+                f"them; target {plan.block.first!r} too, or use router_scope='layer'"
+            )
 
 
 def _check_init(config: MoeLoraConfig, name: str) -> None:
