@@ -2,10 +2,12 @@
 
     OMP_NUM_THREADS=2 python benchmarks/routers.py --steps 12 --csv benchmarks/results/routers.csv
 
-Each arm is the same mixture with another router: trained for the same steps on the same rows, then
-measured on held-out rows: nats per answer token, and experts in use per real token. Step times are
-taken afterwards in turns, on fresh copies, so that a noisy machine hurts all arms alike; the ratio
-is the median over rounds. One seed and few steps: a table to see costs by, not to choose a winner.
+Each arm is the same mixture with another router. Those whose number of experts varies, and `top_k`
+beside them, are trained for the same steps on the same rows and measured on held-out rows: nats
+per answer token, and experts in use per real token. The others use a fixed number and are measured
+untrained. Step times are taken in turns with `top_k`, on fresh copies, so that a noisy machine
+hurts both alike; the ratio is the median over rounds. One seed and few steps: a table to see costs
+by, not to choose a winner.
 """
 
 import argparse
@@ -56,12 +58,17 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+ADAPTIVE = ("top_k", "null", "top_p", "threshold", "sparsegen", "dynamic", "relu")
+"""Starts of the names of the arms that are trained."""
+
+
 def parse_args() -> argparse.Namespace:
     """Read the sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--test-rows", type=int, default=16, help="held-out rows per task")
+    parser.add_argument("--time-rows", type=int, default=2, help="rows of a timed step")
     parser.add_argument("--only", nargs="*", help="arms to run, all if left out")
     parser.add_argument("--csv", type=Path)
     return parser.parse_args()
@@ -79,6 +86,19 @@ def make_arm(name: str) -> Arm:
         **SETTINGS[name],
     )
     return Arm(name=name, folder=name.replace(" ", "_").replace("/", "_"), config=config)
+
+
+def train(name: str, base_path: str, tokenizer: Any, rows: Any, steps: int) -> Any:
+    """Train one arm on the demo's data, with its optimizer and schedule."""
+    return train_arm(
+        make_arm(name),
+        base_path,
+        tokenizer,
+        rows,
+        steps=steps,
+        out=Path("outputs/routers"),
+        on_step=lambda step, loss: None,
+    )
 
 
 def active_experts(model: Any, batch: dict[str, torch.Tensor]) -> float:
@@ -123,28 +143,26 @@ def main() -> None:
     test = [row for rows_of_task in held_out for row in rows_of_task]
     batch = batch_of(tokenizer, test[:: max(len(test) // BATCH, 1)][:BATCH], torch.device("cpu"))
     names = args.only or list(SETTINGS)
-    results = {}
+    results: dict[str, tuple[float, Mean | None]] = {}
     for name in names:
-        model = train_arm(
-            make_arm(name),
-            base_path,
-            tokenizer,
-            rows,
-            steps=args.steps,
-            out=Path("outputs/routers"),
-            on_step=lambda step, loss: None,
-        )
-        results[name] = (active_experts(model, batch), Mean.of(answer_nll(model, tokenizer, test)))
-        print(f"{name:24s} active {results[name][0]:5.2f}  held-out {results[name][1]}", flush=True)
-    times = step_times(names, base_path, batch, args.rounds)
+        nll = None
+        if name.startswith(ADAPTIVE):
+            model = train(name, base_path, tokenizer, rows, args.steps)
+            nll = Mean.of(answer_nll(model, tokenizer, test))
+        else:
+            model = get_peft_model(load_base(base_path), make_arm(name).config)
+        results[name] = (active_experts(model, batch), nll)
+        print(f"{name:24s} active {results[name][0]:5.2f}  held-out {nll}", flush=True)
+    few = batch_of(tokenizer, test[: args.time_rows], torch.device("cpu"))
+    times = step_times(names, base_path, few, args.rounds)
     table = [
         {
             "router": name,
             "active_experts": round(active, 2),
-            "held_out_nll": round(nll.value, 4),
-            "standard_error": round(nll.error, 4),
+            "held_out_nll": "" if nll is None else round(nll.value, 4),
+            "standard_error": "" if nll is None else round(nll.error, 4),
             "step_ratio_to_top_k": round(times[name], 2),
-            "steps": args.steps,
+            "steps": 0 if nll is None else args.steps,
             "device": device_name("cpu"),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

@@ -96,7 +96,11 @@ class Registry(Mapping[str, type[C]], Generic[C]):
                 f"{self.kind} must be a name or a mapping with a 'name', not {type(spec).__name__}"
             )
         fields = dict(spec)
-        name = fields.pop("name", None)
+        if "name" not in fields:
+            raise ConfigError(
+                f"{self.kind} {fields!r} has no 'name'; one of {sorted(self._entries)}"
+            )
+        name = fields.pop("name")
         cls = self._find(name)
         try:
             return cls.model_validate(fields)
@@ -115,6 +119,8 @@ def explain(error: ValidationError, where: str, known: Mapping[str, Any]) -> str
         field = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             line = f"unknown field {field!r}; one of {sorted(known)}{did_you_mean(field, known)}"
+        elif item["type"] == "missing":
+            line = f"{field} is required"
         else:
             line = f"{field}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
         lines.append(line)

@@ -19,18 +19,11 @@ from pydantic import Field, ValidationError, model_validator
 from moeadapt.errors import ConfigError
 from moeadapt.registry import ComponentConfig, explain
 from moeadapt.routers import ROUTERS, RouterConfig
-from moeadapt.routers.base import LinearRouterConfig
-from moeadapt.routers.cosine import CosineConfig
-from moeadapt.routers.random import RandomConfig
-from moeadapt.routers.rank_wise import RankWiseConfig
-from moeadapt.routers.sigmoid import SigmoidConfig
+from moeadapt.routers.linear import LinearRouterConfig
 from moeadapt.routers.top_k import TopKConfig
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 Steps = Annotated[int, Field(ge=1)]
-
-WITH_K = (TopKConfig, CosineConfig, SigmoidConfig, RankWiseConfig, RandomConfig)
-"""Routers whose number of experts per token can change."""
 
 
 class TemperatureRamp(ComponentConfig):
@@ -192,7 +185,8 @@ class ScheduleConfig(ComponentConfig):
         """
         for name, value in (("temperature", self.temperature), ("gate_dropout", self.gate_dropout)):
             if value and not isinstance(router, LinearRouterConfig):
-                raise _unfit(name, router, LinearRouterConfig)
+                able = [n for n, cls in ROUTERS.items() if issubclass(cls, LinearRouterConfig)]
+                raise _unfit(name, router, able)
         if self.acts_on_optimizer and getattr(router, "freeze", False):
             raise ConfigError(
                 "schedule: freeze_router_steps, freeze_router_after and router_warmup_steps have "
@@ -203,10 +197,12 @@ class ScheduleConfig(ComponentConfig):
     def _fit_k(self, router: RouterConfig, num_experts: int) -> RouterConfig:
         if self.k is None and self.k_inference is None:
             return router
-        if not isinstance(router, WITH_K):
-            raise _unfit("k" if self.k else "k_inference", router, WITH_K)
+        if not router.k_can_change:
+            able = [name for name, cls in ROUTERS.items() if cls.k_can_change]
+            raise _unfit("k" if self.k else "k_inference", router, able)
+        own = own_k(router)
         limit = num_experts + getattr(router, "null_experts", 0)
-        trained = [self.k.start, self.k.end or router.k] if self.k else [router.k]
+        trained = [self.k.start, self.k.end or own] if self.k else [own]
         for name, value in (
             ("k.start", trained[0]),
             ("k.end", trained[-1]),
@@ -219,7 +215,8 @@ class ScheduleConfig(ComponentConfig):
                 )
         least = min(trained)
         if isinstance(router, TopKConfig) and router.normalize is None:
-            return router.model_copy(update={"normalize": "none" if least == 1 else "renorm"})
+            fixed = {"normalize": "none" if least == 1 else "renorm"}
+            return ROUTERS.parse({**ROUTERS.spec(router), **fixed})
         if self.k and least == 1 and _constant_at_one(router):
             warnings.warn(
                 f"schedule: k reaches 1 and router {ROUTERS.name_of(router)!r} divides the weights "
@@ -257,8 +254,8 @@ def parse_schedule(spec: object) -> ScheduleConfig | None:
 
 def own_k(router: RouterConfig) -> int:
     """Return the experts per token of a router that has such a number."""
-    assert isinstance(router, WITH_K)
-    return router.k
+    assert router.k_can_change
+    return getattr(router, "k")  # noqa: B009
 
 
 def _validated(cls: type[Any], fields: Any, where: str) -> Any:
@@ -268,11 +265,10 @@ def _validated(cls: type[Any], fields: Any, where: str) -> Any:
         raise ConfigError(explain(error, where, cls.model_fields)) from None
 
 
-def _unfit(field: str, router: RouterConfig, kinds: Any) -> ConfigError:
-    able = sorted(name for name, cls in ROUTERS.items() if issubclass(cls, kinds))
+def _unfit(field: str, router: RouterConfig, able: list[str]) -> ConfigError:
     return ConfigError(
         f"schedule: router {ROUTERS.name_of(router)!r} has nothing that {field} could change; "
-        f"routers that have: {able}"
+        f"routers that have: {sorted(able)}"
     )
 
 

@@ -56,6 +56,11 @@ class BalanceConfig(ComponentConfig, ABC):
     def loss(self, routing: Routing, mixture: Mixture) -> Float[Tensor, ""]:
         """Compute the loss over the real tokens of `routing`, before its coefficient."""
 
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether `loss` reads `Mixture.hidden`, so that the first bank must see it."""
+        return False
+
     def check(self, router: Router) -> None:
         """Refuse a router that this loss cannot work with.
 

@@ -38,6 +38,11 @@ class ContrastiveConfig(BalanceConfig):
     samples: Annotated[int, Field(ge=2)] = 64
     temperature: Annotated[float, Field(gt=0.0)] = 0.07
 
+    @property
+    def reads_hidden(self) -> bool:
+        """See `BalanceConfig.reads_hidden`."""
+        return True
+
     def check_experts(self, bank: ExpertBank) -> None:
         """See `BalanceConfig.check_experts`; each expert has an A of the same rank."""
         check_low_rank("contrastive", bank, ("lora_A",))

@@ -24,13 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeadapt import stats
-from moeadapt.balance.base import BalanceConfig, Mixture
+from moeadapt.balance.base import BalanceConfig, Mixture, routers_where
 from moeadapt.errors import ConfigError
 from moeadapt.routers import Router
 from moeadapt.routers.relu import ReluRouter
-from moeadapt.routers.sparsegen import SparsegenRouter
-from moeadapt.routers.threshold import ThresholdRouter
-from moeadapt.routers.top_p import TopPRouter
 from moeadapt.routing import Routing
 
 
@@ -59,11 +56,11 @@ class L1SparsityConfig(BalanceConfig):
         """See `BalanceConfig.check`; a target needs a varying number of experts per token."""
         if self.target is None:
             return
-        if not isinstance(router, _ADAPTIVE):
+        if not router.adaptive:
             raise ConfigError(
                 f"balance loss 'l1_sparsity': target={self.target} needs a router whose number of "
                 f"experts per token the loss can change, which a {type(router).__name__} is not; "
-                "use one of relu, sparsegen, threshold, top_p, or leave target out"
+                f"use one of {routers_where(_is_adaptive)}, or leave target out"
             )
         if self.coef == 0:
             raise ConfigError(
@@ -111,6 +108,9 @@ class L1SparsityConfig(BalanceConfig):
 
 
 _BUFFER = "sparsity_coef"
-_ADAPTIVE = (ReluRouter, SparsegenRouter, ThresholdRouter, TopPRouter)
 # A target out of reach would otherwise drive the coefficient to zero or infinity.
 _LEAST, _MOST = 1e-12, 1e4
+
+
+def _is_adaptive(router: Router) -> bool:
+    return router.adaptive

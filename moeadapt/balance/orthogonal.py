@@ -37,6 +37,11 @@ class OrthogonalConfig(BalanceConfig):
 
     form: Literal["A", "outputs"] = "A"
 
+    @property
+    def reads_hidden(self) -> bool:
+        """See `BalanceConfig.reads_hidden`."""
+        return self.form == "outputs"
+
     def check_experts(self, bank: ExpertBank) -> None:
         """See `BalanceConfig.check_experts`; each expert has an A (and a B) of the same rank."""
         check_low_rank("orthogonal", bank, _FACTORS[self.form])

@@ -18,7 +18,6 @@ from torch import Tensor
 from moeadapt.balance.base import BalanceConfig, Mixture, routers_where
 from moeadapt.errors import ConfigError
 from moeadapt.routers import LinearRouter, Router
-from moeadapt.routers.cosine import CosineRouter
 from moeadapt.routing import Routing
 
 
@@ -44,5 +43,4 @@ class SimbalConfig(BalanceConfig):
 
 
 def _has_gate(router: Router) -> bool:
-    # The weight of a cosine router is a projection; its rows are not experts.
-    return isinstance(router, LinearRouter) and not isinstance(router, CosineRouter)
+    return router.gate_per_expert

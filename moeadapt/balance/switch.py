@@ -3,6 +3,8 @@
 Source: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, eq. 4-6. The token share is divided by
 the slots in use, so perfect balance gives 1 for every k; the function of the same purpose in
 transformers gives k times this, and pools all layers, which calls two collapsed layers balanced.
+Where every token uses every expert, or every expert is used equally often by construction
+(`expert_choice`), it is constant 1 and trains nothing.
 """
 
 from jaxtyping import Float

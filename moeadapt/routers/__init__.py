@@ -1,13 +1,14 @@
 """Routers: hidden states in, a `Routing` out. One file per router, one line here."""
 
 from moeadapt.registry import Registry
-from moeadapt.routers.base import LinearRouter, Router, RouterConfig
+from moeadapt.routers.base import Router, RouterConfig
 from moeadapt.routers.cosine import CosineConfig
 from moeadapt.routers.dynamic import DynamicConfig
 from moeadapt.routers.expert_choice import ExpertChoiceConfig
 from moeadapt.routers.gumbel import GumbelConfig
 from moeadapt.routers.hash import HashConfig
 from moeadapt.routers.hierarchical import HierarchicalConfig
+from moeadapt.routers.linear import LinearRouter
 from moeadapt.routers.random import RandomConfig
 from moeadapt.routers.rank_wise import RankWiseConfig
 from moeadapt.routers.relu import ReluConfig

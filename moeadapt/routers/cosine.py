@@ -6,7 +6,7 @@ Source: Chi et al. 2022 (X-MoE), https://arxiv.org/abs/2204.09179, eq. 5-6: low-
 projection, L2 normalisation, learned temperature.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
+from moeadapt.routers.base import check_k
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -26,6 +27,8 @@ class CosineConfig(LinearRouterConfig):
         dim: width of the projection, >= 1; X-MoE takes half the number of experts.
         min_temperature: lower bound of the learned temperature, > 0.
     """
+
+    k_can_change: ClassVar = True
 
     k: Annotated[int, Field(ge=1)] = 2
     dim: Annotated[int, Field(ge=1)] = 16
@@ -47,6 +50,7 @@ class CosineRouter(LinearRouter):
     config: CosineConfig
     k: int
     ranks_with_bias = True
+    gate_per_expert = False
 
     def __init__(self, config: CosineConfig, dim: int, num_experts: int) -> None:
         """Make the projection (the gate's weight) and the expert embeddings."""

@@ -8,8 +8,7 @@ removed one is switched off, an added one is a switched-off one whose embedding 
 direction of the tokens that nobody took. Tensors keep their shapes, so optimizers and files do too.
 """
 
-from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeadapt.errors import ConfigError
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -29,14 +28,21 @@ class DynamicConfig(LinearRouterConfig):
 
     Attributes:
         start: experts switched on at the start, >= 1; None: all.
+        bias: always false; a threshold per expert takes its place.
         every: optimizer steps between two changes of the set of experts, >= 0; 0: never.
     """
 
     start: Annotated[int, Field(ge=1)] | None = None
     every: Annotated[int, Field(ge=0)] = 0
+    bias: Literal[False] = False
 
     def check(self, num_experts: int) -> None:
         """See `RouterConfig.check`."""
+        if self.every and self.freeze:
+            raise ConfigError(
+                f"router 'dynamic': every={self.every} changes the gate, and freeze=True forbids "
+                "it; leave one of them out"
+            )
         if self.start is not None and self.start > num_experts:
             raise ConfigError(
                 f"router 'dynamic': start={self.start} is larger than num_experts={num_experts}"
@@ -59,7 +65,7 @@ class DynamicRouter(LinearRouter):
     """
 
     config: DynamicConfig
-    acts_after_step = True
+    adaptive = True
     alive: Tensor
     seen_steps: Tensor
     seen_uses: Tensor
@@ -74,6 +80,8 @@ class DynamicRouter(LinearRouter):
         self.register_buffer("seen_steps", torch.zeros(()))
         self.register_buffer("seen_uses", torch.zeros(num_experts))
         self.register_buffer("unrouted", torch.zeros(dim))
+        self.acts_after_step = bool(config.every)
+        self.record_size = dim if config.every else 0
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T E"]:
         """Cosines of the hidden states with the expert embeddings."""
@@ -87,9 +95,7 @@ class DynamicRouter(LinearRouter):
         scores_TE = logits_TE.sigmoid()
         margin_TE = scores_TE - self.threshold.to(scores_TE.dtype).sigmoid()
         chosen_TE = (margin_TE.detach() > 0) & self.alive
-        if self.training:
-            self._record(hidden, chosen_TE, tokens)
-        else:
+        if not self.training:
             ranked_TE = scores_TE.masked_fill(~self.alive, -torch.inf)
             none_T1 = ~chosen_TE.any(-1, keepdim=True)
             chosen_TE = chosen_TE | (none_T1 & select_top_k(ranked_TE.detach(), 1))
@@ -104,38 +110,45 @@ class DynamicRouter(LinearRouter):
             weights=through_TE / count_T1,
         )
 
-    def _record(self, hidden: Tensor, chosen: Tensor, tokens: TokenContext) -> None:
+    def record(self, routing: Routing, hidden: Float[Tensor, "T D"]) -> Float[Tensor, " R"]:
+        """See `Router.record`: the sum of the directions of tokens that used no expert."""
+        if not self.config.every:
+            return super().record(routing, hidden)
         with torch.no_grad():
-            alone_T = ~chosen.any(-1)
-            if tokens.mask is not None:
-                alone_T = alone_T & tokens.mask
-            x = F.normalize(self.features(hidden), dim=-1).to(self.unrouted.dtype)
-            x = torch.where(alone_T.unsqueeze(-1), x, torch.zeros_like(x))
-            self.unrouted.add_(x.sum(0))
+            alone_T = ~(routing.weights != 0).any(-1)
+            if routing.token_mask is not None:
+                alone_T = alone_T & routing.token_mask
+            x = F.normalize(self.features(hidden), dim=-1)
+            return torch.where(alone_T.unsqueeze(-1), x, torch.zeros_like(x)).sum(0).float()
 
     @torch.no_grad()
-    def after_step(self, uses: Float[Tensor, " E"], reduce: Callable[[Tensor], Tensor]) -> None:
+    def after_step(
+        self,
+        tokens: Float[Tensor, ""],
+        uses: Float[Tensor, " E"],
+        record: Float[Tensor, " R"],
+    ) -> None:
         """See `Router.after_step`: every so many steps, drop idle experts and add one for the rest.
 
-        One expert stays whatever happens.
+        The most used expert stays whatever happens. Nothing here waits for the device.
         """
         if not self.config.every:
             return
-        self.seen_steps += 1
+        counts = (tokens > 0).to(self.seen_steps.dtype)
+        self.seen_steps += counts
         self.seen_uses += uses.to(self.seen_uses)
-        if self.seen_steps < self.config.every:
-            return
-        unrouted = reduce(self.unrouted)
-        self.alive &= (self.seen_uses > 0) | (self.seen_uses.argmax() == _index(self.seen_uses))
-        free = (~self.alive).nonzero().flatten()
-        if len(free) and unrouted.any():
-            new = int(free[0])
-            self.alive[new] = True
-            self.threshold[new] = 0.0
-            self.weight[new] = F.normalize(unrouted, dim=-1) * self.weight.norm(dim=-1).mean()
-        for record in (self.seen_steps, self.seen_uses, self.unrouted):
-            record.zero_()
-
-
-def _index(values: Tensor) -> Tensor:
-    return torch.arange(len(values), device=values.device)
+        self.unrouted += record.to(self.unrouted)
+        due = (self.seen_steps >= self.config.every) & (counts > 0)
+        index_E = torch.arange(self.num_experts, device=self.alive.device)
+        most = self.seen_uses.masked_fill(~self.alive, -1.0).argmax()
+        kept_E = self.alive & ((self.seen_uses > 0) | (index_E == most))
+        new_E = (index_E == (~kept_E).to(torch.uint8).argmax()) & ~kept_E & self.unrouted.any()
+        new_E = new_E & due
+        self.alive.copy_(torch.where(due, kept_E | new_E, self.alive))
+        self.threshold.copy_(torch.where(new_E, torch.zeros_like(self.threshold), self.threshold))
+        towards = (
+            F.normalize(self.unrouted, dim=-1).to(self.weight) * self.weight.norm(dim=-1).mean()
+        )
+        self.weight.copy_(torch.where(new_E.unsqueeze(-1), towards, self.weight))
+        for seen in (self.seen_steps, self.seen_uses, self.unrouted):
+            seen.mul_((~due).to(seen.dtype))

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from moeadapt.errors import ConfigError
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -84,7 +84,7 @@ class HierarchicalRouter(LinearRouter):
         weights_TGM = groups_TG.unsqueeze(-1) * inside_TGM
         return self.routing(
             tokens,
-            logits=log_TGM.flatten(1),
+            logits=(expert_TGM + group_TG.unsqueeze(-1)).flatten(1),
             probs=log_TGM.exp().flatten(1),
             weights=weights_TGM.flatten(1),
         )

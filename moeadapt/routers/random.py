@@ -5,13 +5,14 @@ Letters: T tokens, D width, E experts.
 Source: Fan et al. 2024, https://arxiv.org/abs/2402.13089 (frozen random routing as a baseline).
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
+from moeadapt.routers.base import check_k
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -22,6 +23,8 @@ class RandomConfig(LinearRouterConfig):
         k: experts per token, 1 to the number of experts.
         freeze: always true; a random router that trains is `top_k`.
     """
+
+    k_can_change: ClassVar = True
 
     k: Annotated[int, Field(ge=1)] = 2
     freeze: Literal[True] = True

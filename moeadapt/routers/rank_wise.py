@@ -7,13 +7,14 @@ the k largest of probability plus a load-balancing bias (balance loss `loss_free
 their probabilities.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
+from moeadapt.routers.base import check_k
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -24,6 +25,8 @@ class RankWiseConfig(LinearRouterConfig):
         k: ranks per token, 1 to the number of ranks (`num_experts * r` with experts `rank1`).
         renorm: whether the chosen probabilities are divided by their sum.
     """
+
+    k_can_change: ClassVar = True
 
     k: Annotated[int, Field(ge=1)] = 8
     renorm: bool = True

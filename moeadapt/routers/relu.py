@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext
 
 
@@ -25,6 +25,8 @@ class ReluConfig(LinearRouterConfig):
 
 class ReluRouter(LinearRouter):
     """relu of the gate."""
+
+    adaptive = True
 
     def forward(self, hidden: Float[Tensor, "T D"], tokens: TokenContext) -> Routing:
         """See `Router.forward`."""

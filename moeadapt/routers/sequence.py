@@ -20,9 +20,6 @@ def route(router: Router, hidden: Float[Tensor, "T D"], tokens: TokenContext) ->
     The mean of a sequence is over its real tokens, whatever is packed or padded beside it; noise is
     drawn once for a sequence. In training the mean covers the whole sequence, so an early token
     is routed by what follows it; generation keeps the decision made for the prompt.
-
-    Raises:
-        AssertionError: per sequence without `tokens.sequences`.
     """
     if router.per == "token":
         return router(hidden, tokens)

@@ -7,7 +7,7 @@ bias, which changes which experts are chosen but never their weights, comes with
 `loss_free`.
 """
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k
+from moeadapt.routers.base import check_k
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -27,6 +28,8 @@ class SigmoidConfig(LinearRouterConfig):
         renorm: whether the chosen scores are divided by their sum.
         scale: what the weights are multiplied by, > 0 (routed_scaling_factor of DeepSeek-V3).
     """
+
+    k_can_change: ClassVar = True
 
     k: Annotated[int, Field(ge=1)] = 2
     renorm: bool = True

@@ -9,7 +9,7 @@ HydraLoRA, https://arxiv.org/abs/2404.19245, eq. 6; SMoLA, https://arxiv.org/abs
 from jaxtyping import Float
 from torch import Tensor
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routing import Routing, TokenContext
 
 
@@ -42,6 +42,7 @@ class SparsegenConfig(LinearRouterConfig):
 class SparsegenRouter(LinearRouter):
     """Sparsegen with a predicted lambda per token."""
 
+    adaptive = True
     config: SparsegenConfig
 
     def __init__(self, config: SparsegenConfig, dim: int, num_experts: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig
 from moeadapt.routers.sparsegen import sparsegen
 from moeadapt.routing import Routing, TokenContext
 
@@ -24,6 +24,8 @@ class SparsemaxConfig(LinearRouterConfig):
 
 class SparsemaxRouter(LinearRouter):
     """Sparsegen without a choice of sparsity."""
+
+    adaptive = True
 
     def forward(self, hidden: Float[Tensor, "T D"], tokens: TokenContext) -> Routing:
         """See `Router.forward`."""

@@ -6,7 +6,7 @@ Source: Fedus et al. 2021, https://arxiv.org/abs/2101.03961, section 2.1. It is 
 `normalize="none"`, under the name it was published by.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from moeadapt.routers.top_k import TopKConfig
 
@@ -18,6 +18,8 @@ class SwitchConfig(TopKConfig):
         k: always 1.
         normalize: always `none`: a renormalised weight would be 1 and never train the router.
     """
+
+    k_can_change: ClassVar = False
 
     k: Literal[1] = 1
     normalize: Literal["none"] | None = None

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, renormalize
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -42,6 +42,7 @@ class ThresholdConfig(LinearRouterConfig):
 class ThresholdRouter(LinearRouter):
     """Softmax, drop what is under the threshold, renormalise."""
 
+    adaptive = True
     config: ThresholdConfig
 
     def __init__(self, config: ThresholdConfig, dim: int, num_experts: int) -> None:
@@ -60,7 +61,7 @@ class ThresholdRouter(LinearRouter):
         best_TE = select_top_k(probs_TE.detach(), 1)
         if self.config.learned:
             above_TE = F.relu(probs_TE - self._threshold(hidden))
-            # A token that no expert passes falls back to its best one, with weight 1.
+            # A token that no expert passes falls back to its best one.
             none_T1 = (above_TE.detach() == 0).all(-1, keepdim=True)
             kept_TE = torch.where(none_T1, probs_TE * best_TE, above_TE)
         else:

@@ -10,7 +10,7 @@ experts are normalised among themselves).
 """
 
 import warnings
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
+from moeadapt.routers.base import check_k
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
 
@@ -40,6 +41,8 @@ class TopKConfig(LinearRouterConfig):
         jitter: training only: the hidden state is multiplied by a uniform number in
             [1 - jitter, 1 + jitter], in [0, 1).
     """
+
+    k_can_change: ClassVar = True
 
     k: Annotated[int, Field(ge=1)] = 2
     normalize: Literal["renorm", "topk_softmax", "none"] | None = None

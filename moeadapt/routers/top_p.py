@@ -13,7 +13,8 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from moeadapt.routers.base import LinearRouter, LinearRouterConfig, check_k, renormalize
+from moeadapt.errors import ConfigError
+from moeadapt.routers.linear import LinearRouter, LinearRouterConfig, renormalize
 from moeadapt.routing import Routing, TokenContext
 
 
@@ -33,7 +34,11 @@ class TopPConfig(LinearRouterConfig):
 
     def check(self, num_experts: int) -> None:
         """See `RouterConfig.check`."""
-        check_k("top_p", self.k_max or 1, num_experts)
+        if self.k_max is not None and self.k_max > num_experts:
+            raise ConfigError(
+                f"router 'top_p': k_max={self.k_max} is larger than num_experts={num_experts}; "
+                f"choose k_max in 1..{num_experts}"
+            )
 
     def build(self, dim: int, num_experts: int) -> "TopPRouter":
         """See `RouterConfig.build`."""
@@ -45,6 +50,7 @@ class TopPConfig(LinearRouterConfig):
 class TopPRouter(LinearRouter):
     """Softmax, keep the head of the sorted probabilities, renormalise."""
 
+    adaptive = True
     config: TopPConfig
 
     def forward(self, hidden: Float[Tensor, "T D"], tokens: TokenContext) -> Routing:

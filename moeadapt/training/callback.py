@@ -170,8 +170,7 @@ class MoeAdaptCallback(TrainerCallback):
 def _move_to_front(callback: TrainerCallback) -> None:
     """Make the handler that is calling `callback` call it first from now on.
 
-    No event is given the trainer or the handler, so it is found among the callers; without it the
-    metrics only reach the log history and the callbacks behind this one.
+    No event is given the trainer or the handler, so it is found among the callers.
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -182,3 +181,8 @@ def _move_to_front(callback: TrainerCallback) -> None:
             handler.callbacks.insert(0, callback)
             return
         frame = frame.f_back
+    warnings.warn(
+        "MoeAdaptCallback was not called by a CallbackHandler of transformers, so its metrics only "
+        "reach the log history and the callbacks behind it",
+        stacklevel=2,
+    )

@@ -29,6 +29,9 @@ class RouterOptions:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float | None):
+                raise ConfigError(f"router_{name}={value!r} must be a number, or None")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

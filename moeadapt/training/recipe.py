@@ -17,6 +17,7 @@ from typing import Any, Literal, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from moeadapt.balance import BALANCE
 from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.training.objectives import OBJECTIVES, Objective
 from moeadapt.training.param_groups import RouterOptions
@@ -239,7 +240,8 @@ def _set_nested(values: dict[str, Any], key: str, value: Any) -> None:
         if isinstance(below, str):
             below = {"name": below}  # `router: top_k` in the file, `--moe.router.k 1` as a flag
         elif isinstance(below, (int, float)) and parents[:2] == ["moe", "balance"]:
-            below = {"coef": below}  # `switch: 0.01` in the file, `--moe.balance.switch.coef 0.1`
+            # `switch: 0.01` in the file, `--moe.balance.switch.coef 0.1` as a flag
+            below = {BALANCE[parent].shorthand: below}
         elif below is not None and not isinstance(below, Mapping):
             raise ConfigError(f"flags: --{key}: {parent!r} is {below!r}, which has no settings")
         place[parent] = dict(below or {})

@@ -47,7 +47,8 @@ def attach_optimizer(
         What was attached; its `remove` undoes it.
 
     Raises:
-        ConfigError: an option is out of range, or the model has no moeadapt adapter.
+        ConfigError: an option is out of range, the common learning rate is 0, or the model has no
+            moeadapt adapter.
     """
     options = RouterOptions(
         learning_rate=router_learning_rate,
@@ -80,6 +81,8 @@ class RouterStep:
         self, heads: list[RouterHead], optimizer: torch.optim.Optimizer, options: RouterOptions
     ) -> None:
         """Attach."""
+        for group in optimizer.param_groups:
+            _check_peak(group, options)
         self.options = options
         self._heads = heads
         self._optimizer = optimizer
@@ -143,14 +146,7 @@ class RouterStep:
             return {"lr": group["lr"] * rate}
         changed: dict[str, Any] = {}
         if self.options.learning_rate is not None:
-            peak = group.get("initial_lr", group["lr"])
-            if not peak > 0:
-                raise ConfigError(
-                    f"router_learning_rate={self.options.learning_rate} follows the schedule of "
-                    f"the common learning rate, which is {peak}; use a trainer of "
-                    "moeadapt.training, or call split_router_params before the scheduler is made"
-                )
-            rate = rate * self.options.learning_rate / float(peak)
+            rate = rate * self.options.learning_rate / float(_peak(group))
         changed["lr"] = group["lr"] * rate
         if self.options.weight_decay is not None:
             changed["weight_decay"] = self.options.weight_decay
@@ -163,3 +159,17 @@ class RouterStep:
             group["params"] = parameters
         self._lent = []
         del self._optimizer.param_groups[self._num_groups :]
+
+
+def _peak(group: dict[str, Any]) -> Any:
+    return group.get("initial_lr", group["lr"])
+
+
+def _check_peak(group: dict[str, Any], options: RouterOptions) -> None:
+    if options.learning_rate is None or group.get(MARK) or _peak(group) > 0:
+        return
+    raise ConfigError(
+        f"router_learning_rate={options.learning_rate} follows the schedule of the common learning "
+        f"rate, which is {_peak(group)}; use a trainer of moeadapt.training, or call "
+        "split_router_params before the scheduler is made"
+    )

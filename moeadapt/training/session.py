@@ -1,5 +1,6 @@
 """What a trainer does to a model with routers, shared by the mixin and the callback."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from moeadapt.training.metrics import router_metrics, schedule_metrics
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.router_step import RouterStep, attach_optimizer
 from moeadapt.tuner.context import RoutingContext, find_context
+from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.inspect import (
     after_optimizer_step,
     balance_of,
@@ -56,6 +58,7 @@ class Session:
         schedules = [head.schedule for head in heads.values() if head.schedule is not None]
         acts = options.own_group or any(schedule.acts_on_optimizer for schedule in schedules)
         _check_sharding(acts, options.max_grad_norm is not None)
+        _check_edits(heads)
         self._attached: RouterStep | None = None
         if AcceleratorState().distributed_type not in _OWN_STEP:
             self._attached = attach_optimizer(
@@ -190,6 +193,16 @@ def _check_sharding(acts_on_optimizer: bool, clips: bool) -> None:
         raise TrainingError(
             f"under {kind.value} each process sees a part of the routers' gradients, whose norm "
             "is not theirs; leave router_max_grad_norm out, or use DDP"
+        )
+
+
+def _check_edits(heads: Mapping[str, RouterHead]) -> None:
+    kind = AcceleratorState().distributed_type
+    editing = [name for name, head in heads.items() if head.router.acts_after_step]
+    if kind in SHARDED and editing:
+        raise TrainingError(
+            f"router {editing[0]!r} adds and removes experts while it trains, and under "
+            f"{kind.value} no process holds its whole gate; use DDP, or a router option every=0"
         )
 
 

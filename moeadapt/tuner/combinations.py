@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from moeadapt.balance import BALANCE
 from moeadapt.errors import ConfigError
-from moeadapt.experts import EXPERTS
+from moeadapt.experts import EXPERTS, BankSize
 from moeadapt.routers import ROUTERS
 from moeadapt.tuner.config import MoeLoraConfig
 
@@ -73,14 +73,25 @@ def combinations() -> Iterator[Combination]:
 
 
 def balance_refusals() -> Iterator[tuple[str, str, str]]:
-    """Try every balance loss with every router; yield loss, router and why it is refused."""
+    """Try every balance loss with every router and expert type; yield why it is refused."""
     for loss_name in sorted(BALANCE):
         for name in sorted(ROUTERS):
-            router = ROUTERS.parse(name).build(RANK, NUM_EXPERTS)
+            fields = ROUTERS[name].model_fields
+            options = {"null_experts": 2} if "null_experts" in fields else {}
+            router = ROUTERS.parse({"name": name, **options}).build(RANK, NUM_EXPERTS)
             try:
                 BALANCE.parse(loss_name).check(router)
             except ConfigError as error:
-                yield loss_name, name, str(error)
+                kind = type(router).__name__
+                yield loss_name, f"router `{name}`", str(error).replace(kind, "router of this kind")
+        for name in sorted(EXPERTS):
+            spec = EXPERTS.parse(expert_spec(name))
+            size = BankSize(in_features=RANK, out_features=RANK, num_experts=NUM_EXPERTS, rank=RANK)
+            bank = spec.build(spec.sized(size))
+            try:
+                BALANCE.parse(loss_name).check_experts(bank)
+            except ConfigError as error:
+                yield loss_name, f"experts `{name}`", str(error)
 
 
 def markdown() -> str:
@@ -111,13 +122,13 @@ def markdown() -> str:
         "",
         "## Balance losses",
         "",
-        "| loss | refused routers | reason |",
+        "| loss | refused with | reason |",
         "| --- | --- | --- |",
     ]
-    per_loss: dict[str, tuple[list[str], str]] = {}
-    for loss, router, reason in balance_refusals():
-        per_loss.setdefault(loss, ([], reason))[0].append(f"`{router}`")
-    for loss, (names, reason) in per_loss.items():
+    reasons_of: dict[tuple[str, str], list[str]] = {}
+    for loss, name, reason in balance_refusals():
+        reasons_of.setdefault((loss, reason), []).append(name)
+    for (loss, reason), names in reasons_of.items():
         lines.append(f"| `{loss}` | {', '.join(names)} | {_cell(reason)} |")
     return "\n".join(lines) + "\n"
 

@@ -1,5 +1,6 @@
 """`MoeLoraConfig`: goes wherever PEFT's `LoraConfig` goes."""
 
+import re
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, Literal, no_type_check
@@ -8,7 +9,7 @@ from peft import PeftConfig
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from moeadapt.balance import BalanceConfig, parse_balance
-from moeadapt.errors import ConfigError
+from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.experts import EXPERTS, ExpertConfig
 from moeadapt.routers import ROUTERS, RouterConfig
 from moeadapt.schedule import ScheduleConfig, parse_schedule
@@ -61,7 +62,8 @@ class MoeLoraConfig(PeftConfig):
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         lora_dropout: dropout on the experts' input, in [0, 1).
         init_lora_weights: True: zero B, the base output is unchanged; "gaussian": normal A, zero
-            B; "orthogonal": zero B, rows of A orthogonal across experts; "svd_segments": experts
+            B; "orthogonal": zero B, rows of A orthogonal across experts, as many as
+            fit into the input's width; "svd_segments": experts
             start from segments of the base weight (GOAT), with a scale of its own instead of
             lora_alpha / r; False: nothing is zero (for tests).
         bias: only "none".
@@ -139,6 +141,13 @@ class MoeLoraConfig(PeftConfig):
             >>> MoeLoraConfig.preset("mixlora", num_experts=4, router={"k": 1}).router["k"]
             1
         """
+        known = {f.name for f in fields(cls) if f.init}
+        for field_name in overrides:
+            if field_name not in known:
+                raise ConfigError(
+                    f"preset {name!r}: MoeLoraConfig has no field {field_name!r}"
+                    f"{did_you_mean(field_name, known)}"
+                )
         return cls(**preset_fields(name, overrides))
 
     @property
@@ -191,6 +200,8 @@ class MoeLoraConfig(PeftConfig):
         self.balance = {
             name: loss.model_dump(mode="json") for name, loss in self.balance_configs.items()
         }
+        for name in ("rank_pattern", "alpha_pattern", "experts_pattern"):
+            _check_patterns(name, getattr(self, name))
         if self.target_parameters:
             raise ConfigError(
                 f"MoeLoraConfig: target_parameters={self.target_parameters!r} is not supported; "
@@ -204,6 +215,16 @@ class MoeLoraConfig(PeftConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("MoeLoraConfig: layers_pattern needs layers_to_transform")
+
+
+def _check_patterns(name: str, patterns: Any) -> None:
+    for pattern in patterns if isinstance(patterns, dict) else ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"MoeLoraConfig: {name}: {pattern!r} is not a valid regular expression: {error}"
+            ) from None
 
 
 @cache

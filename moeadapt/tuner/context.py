@@ -29,6 +29,7 @@ class RoutingContext:
         collected: routings per layer while `collect_routing` is active, else None.
         heads: adapter name -> layer name -> its router; aux losses are averaged over them.
         blocks: path of a block -> the block, shared by all adapters.
+        decides_per_sequence: whether some router decides once for a whole sequence.
         scale_is_set: whether a trainer (or `set_aux_loss_scale`) supplied the scale.
     """
 
@@ -39,6 +40,7 @@ class RoutingContext:
         self.collected: dict[str, list[Routing]] | None = None
         self.heads: dict[str, dict[str, RouterHead]] = {}
         self.blocks: dict[str, Block] = {}
+        self.decides_per_sequence = False
         self.scale_is_set = False
         self._scale_value = 1.0
         self._scale: dict[torch.device, Tensor] = {}
@@ -100,7 +102,7 @@ class RoutingContext:
         """Forward pre-hook of the base model and its backbone: remember what it was given."""
         if self.frame is not None and self.frame.module_id != id(module):
             return  # the backbone inside a call of the model: the outer mask is the 2-D one
-        self.frame = Frame.of(module, args, kwargs)
+        self.frame = Frame.of(module, args, kwargs, ask_cache=self.decides_per_sequence)
         if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():
             waiting = [] if self._backward_seen else self.pending
             self._forgotten = len(waiting) >= _MOST_PENDING

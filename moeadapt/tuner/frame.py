@@ -42,8 +42,21 @@ class Frame:
     decisions: dict[str, Routing] = field(default_factory=dict)
 
     @staticmethod
-    def of(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> "Frame":
-        """Read the arguments of a call of `module`."""
+    def of(
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        ask_cache: bool = False,
+    ) -> "Frame":
+        """Read the arguments of a call of `module`.
+
+        Args:
+            module: the model or its backbone.
+            args: its positional arguments.
+            kwargs: its keyword arguments.
+            ask_cache: find out whether the cache holds tokens, which may wait for the device.
+        """
         given = dict(kwargs)
         if args:
             given.update(zip(inspect.signature(module.forward).parameters, args, strict=False))
@@ -59,7 +72,7 @@ class Frame:
             positions=_two_dims(given.get("position_ids")),
             shape=None if sized is None else (sized.shape[0], sized.shape[1]),
             cache=cache,
-            has_past=_holds_tokens(cache),
+            has_past=ask_cache and _holds_tokens(cache),
             generates=cache is not None or last_only,
         )
 
@@ -85,14 +98,15 @@ class Frame:
         Raises:
             UnsupportedError: nothing says how its tokens are divided into rows.
         """
-        if hidden.dim() == 3:  # noqa: PLR2004
+        if hidden.dim() == 3 and self.shape in (None, tuple(hidden.shape[:2])):  # noqa: PLR2004
             return hidden.shape[0], hidden.shape[1]
         tokens = hidden.reshape(-1, hidden.shape[-1]).shape[0]
         if self.shape is None or self.shape[0] * self.shape[1] != tokens:
             raise UnsupportedError(
-                f"this router decides per sequence, and nothing says how the {tokens} tokens of "
-                f"hidden states {tuple(hidden.shape)} are divided into rows; use a router that "
-                "decides per token"
+                f"this router looks at whole sequences, and the {tokens} tokens of hidden states "
+                f"{tuple(hidden.shape)} are not all of the model's tokens {self.shape}: a layer "
+                "such as lm_head or a pooler sees a part of them. Add that layer to "
+                "exclude_modules, or use a router that decides per token"
             )
         return self.shape
 
@@ -109,7 +123,8 @@ class Frame:
         if self.token_ids is None or self.token_ids.numel() != tokens:
             raise UnsupportedError(
                 "this router needs the token ids, and the model was called without input_ids (or "
-                "with others than the ones that were routed); use a router that needs none"
+                "with others than the ones that were routed, as in a pooler: add that layer to "
+                "exclude_modules); or use a router that needs none"
             )
         return self.token_ids.reshape(-1).to(hidden.device)
 

@@ -54,6 +54,8 @@ def init_from_adapters(
     Example:
         >>> moeadapt.init_from_adapters(model, ["adapters/math", "adapters/code"])
     """
+    if isinstance(folders, str | Path):
+        raise ConfigError(f"folders={str(folders)!r} is one folder; give a list, one per expert")
     require_context(model)
     layers = {
         m.moe_plans[adapter].key: m
@@ -81,7 +83,8 @@ def _check_bank(key: str, layer: MoeLoraLinear, adapter: str, found: int) -> Non
             "become its experts; target the FFN alone, or use placement='linear'"
         )
     starts: Any = getattr(layer, PREFIX + START_NAMES[0])
-    if not isinstance(bank, LoraBank) or bank.frozen or adapter in starts:
+    plain = isinstance(bank, LoraBank) and not getattr(bank.config, "orthogonalize", False)
+    if not plain or bank.frozen or adapter in starts:
         raise ConfigError(
             f"the experts of {key!r} cannot start from LoRA adapters; use experts='lora', 'rank1' "
             "with adapters of rank 1, or 'heterogeneous', and init_lora_weights=True"

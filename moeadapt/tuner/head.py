@@ -4,7 +4,7 @@ Letters: T tokens, D width, E experts.
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from moeadapt.balance import BalanceConfig, Mixture
 from moeadapt.errors import UnsupportedError
 from moeadapt.experts import ExpertBank
 from moeadapt.routers import Router, RouterConfig, route
-from moeadapt.routers.base import LinearRouter
+from moeadapt.routers.linear import LinearRouter
 from moeadapt.routers.scheduled import RouterSettings
 from moeadapt.routing import Routing
-from moeadapt.schedule import WITH_K, ScheduleConfig, ScheduleValues
+from moeadapt.schedule import ScheduleConfig, ScheduleValues
 from moeadapt.tuner.context import RoutingContext
 from moeadapt.tuner.decisions import decide_once
 
@@ -74,7 +74,8 @@ class RouterHead:
 
     def __getstate__(self) -> dict[str, Any]:
         """Counts belong to this run, not to a copy."""
-        return {**self.__dict__, "_sink": None, "_seen": None, "_freezing": []}
+        fresh = {"_sink": None, "_seen": None, "_freezing": [], "_told": False}
+        return {**self.__dict__, **fresh, "optimizer_attached": False, "followed_step": None}
 
     @property
     def router(self) -> Router:
@@ -90,7 +91,9 @@ class RouterHead:
         """Return the weights of `hidden`'s tokens, with the balance losses attached.
 
         Raises:
-            UnsupportedError: tokens are generated with a router that looks ahead.
+            UnsupportedError: tokens are generated with a router that looks ahead, or a decision
+                per sequence cannot be kept.
+            TrainingError: see `RoutingContext.tokens` and `RoutingContext.check_scale`.
         """
         router = self.router
         routing = self._route(router, hidden)
@@ -115,14 +118,16 @@ class RouterHead:
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
         tokens = self._context.tokens(hidden, router.all_needs())
-        if (
-            router.per == "sequence"
-            and frame is not None
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        ):
-            key = f"{self._adapter}/{self.name}"
-            return decide_once(frame, key, hidden, lambda: route(router, flat, tokens))
+        per_sequence = router.per == "sequence"
+        if per_sequence and frame is not None and (frame.generates or not router.training):
+            if not torch.compiler.is_compiling():
+                key = f"{self._adapter}/{self.name}"
+                return decide_once(frame, key, hidden, lambda: route(router, flat, tokens))
+            if frame.generates:
+                raise UnsupportedError(
+                    "a compiled graph cannot keep the decision that a router makes per sequence; "
+                    "generate without torch.compile and without a static cache"
+                )
         return route(router, flat, tokens)
 
     def _attach(
@@ -144,7 +149,8 @@ class RouterHead:
             sink = torch.zeros_like(total)
             packed = sink
         else:
-            packed = stats.pack(routing, losses)
+            record = mixture.router.record(routing, mixture.hidden)
+            packed = torch.cat([stats.pack(routing, losses), record.float()])
         share = len(self._context.heads[self._adapter])
         weights = aux_loss.attach(
             weights,
@@ -164,9 +170,19 @@ class RouterHead:
         if self._sink is None or self._sink.device != device:
             if torch.compiler.is_compiling():
                 return None
-            size = stats.packed_size(self.router.width, len(self.balance))
-            self._sink = torch.zeros(size, device=device, requires_grad=True)
+            self._sink = torch.zeros(self.packed_size, device=device, requires_grad=True)
         return self._sink
+
+    @property
+    def packed_size(self) -> int:
+        """Length of the counts: those of `stats.pack`, and the router's own record."""
+        own = stats.packed_size(self.router.width, len(self.balance))
+        return own + self.router.record_size
+
+    def unpack(self, counts: Float[Tensor, " S"]) -> stats.RouterStats:
+        """Turn a sum of counts into averages."""
+        own = counts[: len(counts) - self.router.record_size]
+        return stats.unpack(own, len(self.balance), self.router.null_experts)
 
     # --- the schedule
 
@@ -250,26 +266,28 @@ class RouterHead:
     @property
     def acts_after_step(self) -> bool:
         """Whether something of this router changes after an optimizer step."""
+        if self.router.frozen or not self.trains:
+            return False
         return self.router.acts_after_step or any(c.acts_after_step for c in self.balance.values())
 
-    def after_step(self, counts: Float[Tensor, " S"], reduce: Callable[[Tensor], Tensor]) -> None:
+    def after_step(self, counts: Float[Tensor, " S"]) -> None:
         """Let losses and router change what gradients do not train; not while it is frozen.
 
         Args:
             counts: the counts of this optimizer step, over all processes.
-            reduce: sums a tensor over all processes, each of which calls it.
         """
         if self.values.frozen:
             return
-        tokens, uses = stats.packed_uses(counts, len(self.balance))
+        own, record = counts.split([len(counts) - self.router.record_size, self.router.record_size])
+        tokens, uses = stats.packed_uses(own, len(self.balance))
         for config in self.balance.values():
             config.after_step(self.router, tokens, uses)
-        self.router.after_step(uses, reduce)
+        self.router.after_step(tokens, uses, record)
 
 
 def _settings(values: ScheduleValues, config: RouterConfig) -> RouterSettings:
     """Fill in the router's own values."""
-    own_k = getattr(config, "k", None) if isinstance(config, WITH_K) else None
+    own_k = getattr(config, "k", None) if config.k_can_change else None
     return RouterSettings(
         temperature=values.temperature or getattr(config, "temperature", 1.0),
         k=values.k or own_k,

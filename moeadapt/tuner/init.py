@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError
-from moeadapt.routers import LinearRouter, Router
+from moeadapt.routers import Router
 from moeadapt.routing import TokenContext
 from moeadapt.tuner.inspect import require_context
 
@@ -23,26 +24,27 @@ def init_routers_kmeans(
     model: nn.Module,
     batches: Iterable[Mapping[str, Any]],
     *,
-    max_tokens: int = 8192,
+    max_tokens: int = 2048,
     steps: int = 20,
     seed: int = 0,
 ) -> None:
     """Start each active router's gate from the clusters of its own inputs (spherical k-means).
 
-    Gate row e becomes the direction of cluster e, less the mean of all of them, which no softmax
-    sees; the rows keep the average length they had. Learned biases become zero. Padding is left
-    out. The model runs in eval mode, without gradient.
+    Gate row e becomes the direction of cluster e, less the mean of all of them, so that the logits
+    of a token sum to zero; the rows keep the average length they had. Learned biases become zero.
+    Padding is left out. The model runs in eval mode, without gradient.
 
     Args:
         model: the model with an adapter, in any wrapper.
         batches: keyword arguments of forwards, for example tokenised batches.
-        max_tokens: inputs kept per router, the first ones, >= the number of experts.
+        max_tokens: inputs kept per router, the first ones, >= the number of experts; each takes
+            4 * D bytes of CPU memory per router.
         steps: Lloyd iterations, >= 1.
         seed: of the choice of the first centres; same inputs and seed, same gates.
 
     Raises:
         ConfigError: the model has no moeadapt adapter, a router has no gate with a row per expert,
-            or saw fewer real tokens than it has experts. No gate has been changed then.
+            or saw fewer real or distinct tokens than it has experts. No gate has been changed then.
 
     Example:
         >>> moeadapt.init_routers_kmeans(model, [tokenizer(texts, return_tensors="pt")])
@@ -52,6 +54,7 @@ def init_routers_kmeans(
     heads = {
         f"{adapter}/{name}": head.router
         for adapter, found in require_context(model).heads.items()
+        if adapter in _active(model)
         for name, head in found.items()
     }
     for name, router in heads.items():
@@ -67,6 +70,7 @@ def init_routers_kmeans(
             )
         generator = torch.Generator().manual_seed(seed)
         gates[name] = spherical_kmeans(x, heads[name].num_experts, steps, generator)
+        _check_distinct(name, gates[name])
     for name, centres in gates.items():
         _set_gate(heads[name], centres)
 
@@ -89,6 +93,15 @@ def spherical_kmeans(
         worst = cosine.amax(-1).argsort()[: int(empty.sum())]
         centres[empty] = x[worst]
     return centres
+
+
+def _check_distinct(name: str, centres: Float[Tensor, "E D"]) -> None:
+    cosine = centres @ centres.T - torch.eye(len(centres))
+    if len(centres) > 1 and cosine.max() > 1 - 1e-6:
+        raise ConfigError(
+            f"router {name!r}: its inputs have fewer distinct directions than it has experts "
+            f"({len(centres)}), so clusters coincide; give batches with other tokens"
+        )
 
 
 def _router_inputs(
@@ -122,15 +135,20 @@ def _router_inputs(
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+        for module, mode in modes.items():  # a parent comes before its children
+            module.train(mode)
     return kept
+
+
+def _active(model: nn.Module) -> set[str]:
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return {name for layer in layers for name in layer.active_adapters}
 
 
 def _check_gate(name: str, router: Router) -> None:
     shape = tuple(getattr(router, "weight", torch.empty(0)).shape)
-    fits = isinstance(router, LinearRouter) and shape[0] == router.num_experts
-    if not fits or router.per != "token" or hasattr(router, "embeddings"):
+    fits = router.gate_per_expert and shape[0] == router.num_experts
+    if not fits or router.per != "token":
         raise ConfigError(
             f"router {name!r} is a {type(router).__name__} with per={router.per!r} and a gate of "
             f"shape {list(shape)}; k-means gives one row to each of {router.num_experts} experts "

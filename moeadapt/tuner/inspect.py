@@ -89,9 +89,7 @@ def pop_router_stats(
     counts = {name: head.pop_counts() for name, head in heads.items()}
     if reduce is None:
         counts = {name: packed for name, packed in counts.items() if packed is not None}
-    sizes = [
-        stats.packed_size(heads[name].router.width, len(heads[name].balance)) for name in counts
-    ]
+    sizes = [heads[name].packed_size for name in counts]
     if not sizes:
         return {}
     found = next((packed for packed in counts.values() if packed is not None), None)
@@ -104,7 +102,7 @@ def pop_router_stats(
     )
     together = (together if reduce is None else reduce(together)).cpu()
     return {
-        name: stats.unpack(packed, len(heads[name].balance), heads[name].router.null_experts)
+        name: heads[name].unpack(packed)
         for name, packed in zip(counts, together.split(sizes), strict=True)
         if packed[0] > 0  # forwards
     }
@@ -182,7 +180,7 @@ def after_optimizer_step(
         return
     device = next(model.parameters()).device
     counts = [head.step_counts() for head in heads]
-    sizes = [stats.packed_size(head.router.width, len(head.balance)) for head in heads]
+    sizes = [head.packed_size for head in heads]
     together = torch.cat(
         [
             torch.zeros(size, device=device) if packed is None else packed.to(device)
@@ -190,7 +188,7 @@ def after_optimizer_step(
         ]
     )
     for head, packed in zip(heads, reduce(together).split(sizes), strict=True):
-        head.after_step(packed, reduce)
+        head.after_step(packed)
 
 
 def balance_of(model: nn.Module) -> dict[str, dict[str, BalanceConfig]]:

@@ -117,9 +117,10 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         for loss in config.balance_configs.values():
             loss.check(router)
             loss.prepare(router)
+        self._context.decides_per_sequence |= router.per == "sequence"
         routers[adapter] = router
         head = RouterHead(name, routers, adapter, config.balance_configs, self._context)
-        head.follow(config.schedule_config, config.router_config)
+        head.follow(config.schedule_config, router_config(config))
         self.moe_heads[adapter] = head
         self._context.heads.setdefault(adapter, {})[name] = head
 

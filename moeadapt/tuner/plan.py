@@ -26,11 +26,13 @@ class BlockPlan:
         entry: the module whose input is routed: the block itself, or its first linear where the
             linears sit directly in a decoder layer (OPT).
         dim: width of the routed input.
+        first: the linear that reads the routed input first, targeted or not.
     """
 
     path: str
     entry: str
     dim: int
+    first: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +134,7 @@ def _plan_parent(
         path=path,
         entry=path if _holds_only(parent) else linears[0],
         dim=in_out_features(model.get_submodule(linears[0]))[0],
+        first=linears[0],
     )
     if config.placement == "glu":
         output = _output_projection(model, path, linears, block.dim, keys)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
+from moeadapt.balance import BALANCE
 from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.presets import PRESETS
 
@@ -58,11 +59,11 @@ def _merge_balance(ours: Any, given: Any) -> Any:
         if value is None:
             merged.pop(loss, None)
         else:
-            merged[loss] = {**_options(merged.get(loss)), **_options(value)}
+            merged[loss] = {**_options(loss, merged.get(loss)), **_options(loss, value)}
     return merged
 
 
-def _options(loss: Any) -> dict[str, Any]:
+def _options(name: str, loss: Any) -> dict[str, Any]:
     if loss is None:
         return {}
-    return dict(loss) if isinstance(loss, Mapping) else {"coef": loss}
+    return dict(loss) if isinstance(loss, Mapping) else {BALANCE[name].shorthand: loss}

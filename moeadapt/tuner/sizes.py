@@ -2,19 +2,26 @@
 
 import math
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-from peft.utils import resolve_quantization_backend
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from moeadapt.errors import ConfigError
 from moeadapt.experts import EXPERTS, BankSize
 from moeadapt.routers import ROUTERS, RouterConfig
+from moeadapt.tuner.checks import (
+    check_blocks,
+    check_hidden,
+    check_init,
+    check_losses,
+    check_pattern_matches,
+    check_patterns,
+    check_placement,
+    check_segments,
+    matching,
+)
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.plan import TargetPlan, in_out_features
 
@@ -39,14 +46,18 @@ def plan_sizes(
             work with the router or the experts.
     """
     sizes = {key: _bank_size(model, config, plan) for key, plan in plans.items()}
-    _check_blocks(plans, sizes)
+    check_pattern_matches(config, plans)
+    check_blocks(plans, sizes)
     check_router(config, {s.num_experts for k, s in sizes.items() if _routed(plans[k])})
     for key, size in sizes.items():
         if _routed(plans[key]):
             config.expert_config.check(size)
         if config.init_lora_weights == "svd_segments":
-            _check_segments(key, size, model.get_submodule(key), quantization)
-    _check_losses(config, {size for key, size in sizes.items() if _routed(plans[key])})
+            check_segments(key, size, model.get_submodule(key), quantization)
+    check_losses(
+        config, router_config(config), {size for key, size in sizes.items() if _routed(plans[key])}
+    )
+    check_hidden(config, plans)
     return sizes
 
 
@@ -60,13 +71,13 @@ def check_settings(config: MoeLoraConfig) -> int:
         ConfigError: says which settings contradict each other.
     """
     experts, name = config.expert_config, EXPERTS.name_of(config.expert_config)
-    _check_placement(config, name)
+    check_placement(config, name)
     if name == "ia3" and config.lora_dropout:
         raise ConfigError(
             f"lora_dropout={config.lora_dropout} has no effect on experts 'ia3', which do not read "
             "the input; use lora_dropout=0"
         )
-    _check_init(config, name)
+    check_init(config, name)
     if config.granularity > 1 and name in ("glu", "heterogeneous", "rank1"):
         raise ConfigError(
             f"granularity={config.granularity} does not go with experts {name!r}, which set the "
@@ -135,10 +146,10 @@ def svd_scale(size: BankSize) -> float:
 
 
 def _bank_size(model: nn.Module, config: MoeLoraConfig, plan: TargetPlan) -> BankSize:
-    rank = _matching(config.rank_pattern, plan.key, config.r)
+    rank = matching(config.rank_pattern, plan.key, config.r)
     in_features, out_features = in_out_features(model.get_submodule(plan.key))
     if plan.placement == "glu" and plan.block is not None:
-        _check_patterns(config, plan.key)
+        check_patterns(config, plan.key)
         count = _num_experts(model, config, plan.key)
         return _routed_size(config, count, rank, plan.block.dim, out_features)
     if _routed(plan):
@@ -150,7 +161,7 @@ def _bank_size(model: nn.Module, config: MoeLoraConfig, plan: TargetPlan) -> Ban
         )
     if config.init_lora_weights == "svd_segments":
         return replace(size, scale=svd_scale(size))
-    alpha = _matching(config.alpha_pattern, plan.key, config.lora_alpha)
+    alpha = matching(config.alpha_pattern, plan.key, config.lora_alpha)
     return replace(size, scale=alpha / (math.sqrt(rank) if config.use_rslora else rank))
 
 
@@ -175,7 +186,7 @@ def _routed_size(
 def _num_experts(model: nn.Module, config: MoeLoraConfig, key: str) -> int:
     pattern = config.experts_pattern
     if isinstance(pattern, dict):
-        return _matching(pattern, key, config.num_experts)
+        return matching(pattern, key, config.num_experts)
     position = _position(model, key) if pattern else None
     if pattern is None or position is None:
         return config.num_experts
@@ -198,103 +209,5 @@ def _position(model: nn.Module, key: str) -> tuple[int, int] | None:
     return None
 
 
-def _matching(pattern: Mapping[str, Any], key: str, default: Any) -> Any:
-    return pattern.get(get_pattern_key(list(pattern), key), default)
-
-
 def _routed(plan: TargetPlan) -> bool:
     return plan.placement != "unrouted"
-
-
-def _check_blocks(plans: Mapping[str, TargetPlan], sizes: Mapping[str, BankSize]) -> None:
-    blocks: dict[str, dict[str, int]] = defaultdict(dict)
-    for key, plan in plans.items():
-        if plan.block is not None:
-            blocks[plan.block.path][key] = sizes[key].num_experts
-    for path, counts in blocks.items():
-        if len(set(counts.values())) > 1:
-            raise ConfigError(
-                f"the linears of {path!r} share one routing but would have different numbers of "
-                f"experts: {counts}. Give them one number in experts_pattern (and, with experts "
-                "'rank1', one rank in rank_pattern), or use placement='linear' with "
-                "router_scope='layer'."
-            )
-
-
-def _check_losses(config: MoeLoraConfig, sizes: Iterable[BankSize]) -> None:
-    losses = config.balance_configs.values()
-    if not losses:
-        return
-    router = router_config(config)
-    for size in sizes:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")  # the router that is kept warns
-            bank = config.expert_config.build(size)
-            built = router.build(size.in_features, size.num_experts)
-        for loss in losses:
-            loss.check(built)
-            loss.check_experts(bank)
-
-
-def _check_placement(config: MoeLoraConfig, name: str) -> None:
-    if config.placement == "glu" and name != "glu":
-        raise ConfigError(
-            "placement='glu' puts small FFNs beside the base FFN, and the other expert types "
-            "change a single linear; use experts={'name': 'glu', 'dim': 128} (dim: width of one "
-            "expert), or another placement"
-        )
-    reason = config.expert_config.refusal(config.placement)
-    if reason is not None:
-        works = "glu" if name == "glu" else "linear"
-        raise ConfigError(
-            f"experts {name!r} do not work with placement={config.placement!r}: {reason}. Use "
-            f"placement={works!r}."
-        )
-
-
-def _check_patterns(config: MoeLoraConfig, key: str) -> None:
-    for field in ("rank_pattern", "alpha_pattern"):
-        value = _matching(getattr(config, field), key, None)
-        if value is not None:
-            raise ConfigError(
-                f"{field} gives {key!r} {value}, but experts 'glu' have no rank and no alpha: "
-                "their options are dim and scale. Let the pattern name attention layers only."
-            )
-
-
-def _check_init(config: MoeLoraConfig, name: str) -> None:
-    init = config.init_lora_weights
-    named = init in ("gaussian", "orthogonal")
-    if named and init not in config.expert_config.bank.inits:
-        able = [n for n, cls in EXPERTS.items() if init in cls.bank.inits]
-        raise ConfigError(
-            f"init_lora_weights={init!r} does not go with experts {name!r}; use one of {able}"
-        )
-    plain = name == "lora" and not config.expert_config.model_dump()["orthogonalize"]
-    if init == "svd_segments" and not plain:
-        raise ConfigError(
-            f"init_lora_weights='svd_segments' starts LoRA experts from the base weight; use "
-            f"experts='lora' without options, not {config.experts!r}"
-        )
-
-
-def _check_segments(
-    key: str, size: BankSize, target: nn.Module, quantization: Mapping[str, Any]
-) -> None:
-    segment = min(size.in_features, size.out_features) // size.num_experts
-    if segment < size.rank:
-        raise ConfigError(
-            f"init_lora_weights='svd_segments': {key!r} is {size.in_features} -> "
-            f"{size.out_features}, so each of its {size.num_experts} experts has {segment} "
-            f"singular values to choose from, fewer than the rank {size.rank}; lower r or "
-            "num_experts, or exclude the module"
-        )
-    base: Any = target.get_base_layer() if hasattr(target, "get_base_layer") else target  # type: ignore[operator]
-    backend = resolve_quantization_backend(
-        base, **{"get_apply_tensor_subclass": dict, **quantization}
-    )
-    if backend is not None and not backend.supports_merge:
-        raise ConfigError(
-            f"init_lora_weights='svd_segments' needs the weight of {key!r}, which "
-            f"{backend.backend_name} cannot give back; use init_lora_weights=True"
-        )

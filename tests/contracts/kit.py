@@ -20,6 +20,7 @@ ROUTER_SPECS = [
     {"name": "top_k", "norm": "rms", "noise": "softplus", "jitter": 0.1},
     {"name": "top_k", "norm": "standardize", "noise": "gaussian", "input": "stop_gradient"},
     {"name": "top_k", "k": 3, "null_experts": 2},
+    {"name": "top_k", "null_experts": 1, "cost_aware": 0.5},
     {"name": "cosine", "temperature": 0.5, "bias": True},
     {"name": "dynamic", "start": 3},
     {"name": "expert_choice", "k": 1.5},

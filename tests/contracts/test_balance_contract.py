@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from moeadapt import stats
 from moeadapt.balance import BALANCE, parse_balance
 from moeadapt.errors import ConfigError
 from tests.contracts.kit import ROUTER_SPECS, a_mixture, label, losses
-from tests.samples import ALL_REAL, hidden, make_router
+from tests.samples import context, hidden, make_router
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +34,10 @@ def test_every_loss_works_with_some_router(loss_name):
 
 @pytest.mark.parametrize(("loss_name", "spec"), PAIRS, ids=label)
 def test_a_balance_loss_is_one_finite_number_that_trains_something(loss_name, spec):
-    router, x = make_router(spec), hidden()
+    router, x = make_router(spec), hidden(101)
     loss = parse_balance({loss_name: 1.0})[loss_name]
     loss.prepare(router)
-    routing, mixture = router(x, ALL_REAL), a_mixture(router, x)
+    routing, mixture = router(x, context(101)), a_mixture(router, x)
     value = loss.loss(routing, mixture)
     assert value.shape == ()
     assert value.dtype == torch.float64
@@ -44,10 +45,12 @@ def test_a_balance_loss_is_one_finite_number_that_trains_something(loss_name, sp
     factors = [mixture.banks[0].factor(name).weight for name in mixture.banks[0].factor_names]
     if loss.acts_after_step and not value.requires_grad:
         return
+    if loss_name == "switch" and stats.load(routing).std() < 1e-12:
+        return  # constant: every expert is used equally often whatever the router does
     if routing.logits.requires_grad or value.requires_grad:
         leaves = [*router.parameters(), *factors]
         grads = torch.autograd.grad(value, leaves, allow_unused=True)
-        assert any(g is not None and g.any() for g in grads)
+        assert any(g is not None and g.norm() > 1e-8 for g in grads)
 
 
 @losses
@@ -60,7 +63,9 @@ def test_a_number_alone_is_accepted_from_zero_on(loss_name):
 @losses
 def test_a_refused_router_is_told_what_works(loss_name):
     loss = parse_balance({loss_name: 1.0})[loss_name]
+    working = {spec["name"] for name, spec in PAIRS if name == loss_name}
     for spec in ROUTER_SPECS:
         if not allows(loss_name, spec):
-            with pytest.raises(ConfigError, match=loss_name):
+            with pytest.raises(ConfigError) as caught:
                 loss.check(make_router(spec))
+            assert any(name in str(caught.value) for name in working)

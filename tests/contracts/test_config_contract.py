@@ -4,10 +4,11 @@ import contextlib
 import inspect
 import json
 import sys
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 import torch
+from pydantic.fields import FieldInfo
 
 from moeadapt.errors import ConfigError
 from tests.contracts.kit import (
@@ -40,6 +41,14 @@ def test_whatever_a_field_accepts_survives_json(registry, name, field):
     assert len(words) == 1 or any(config != default for config in accepted)
 
 
+def leaves(annotation: Any) -> list[Any]:
+    """Return the types of an annotation, and the constraints of those inside it."""
+    if isinstance(annotation, FieldInfo):
+        return list(annotation.metadata)
+    inside = [leaf for arg in get_args(annotation) for leaf in leaves(arg)]
+    return [get_origin(annotation) or annotation, *inside]
+
+
 def every_arg(annotation: Any) -> list[Any]:
     """Return the words of every `Literal` inside an annotation."""
     args = get_args(annotation)
@@ -58,13 +67,18 @@ def test_a_value_of_the_wrong_type_is_refused_by_name(registry, name, field, val
 
 @fields
 def test_a_value_just_out_of_range_is_refused_by_name(registry, name, field):
+    info = registry[name].model_fields[field]
+    numbers = {int, float} & set(leaves(info.annotation))
     limits = {
         kind: getattr(constraint, kind)
-        for constraint in registry[name].model_fields[field].metadata
+        for constraint in [*info.metadata, *leaves(info.annotation)]
         for kind in ("ge", "gt", "le", "lt")
-        if getattr(constraint, kind, None) is not None
+        if isinstance(getattr(constraint, kind, None), int | float)
     }
-    step = 1 if registry[name].model_fields[field].annotation is int else 1e-6
+    assert bool(numbers) == bool(limits)
+    if list in leaves(info.annotation):
+        return  # the limits are those of its items
+    step = 1 if int in numbers else 1e-6
     outside = {"ge": -step, "gt": 0, "le": step, "lt": 0}
     for kind, limit in limits.items():
         with pytest.raises(ConfigError, match=rf"{name}.*\b{field}="):

@@ -86,3 +86,47 @@ def test_the_reduction_over_processes_decides_the_direction(kind):
     after_optimizer_step(twin, lambda tensor: -tensor)
     for name, value in buffers(model).items():
         assert_close(buffers(twin)[name], -value)
+
+
+@kinds
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_unrouted_tokens_are_counted_once_per_backward(kind, reentrant):
+    """Checkpointing forwards twice, and evaluation forwards without a backward."""
+    fields = {"router": {"name": "dynamic", "every": 9, "init_std": 0.5}}
+    model, inputs = adapted("llama", kind, **fields).train(), batch()
+    for name, parameter in model.named_parameters():
+        if name.endswith("threshold"):
+            parameter.data.fill_(9.0)  # nobody takes any token
+    if reentrant is not None:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not reentrant:  # torch warns of a reentrant checkpoint without gradients
+        with torch.no_grad():
+            model(**inputs)
+    model(**inputs, labels=labels_of(inputs)).loss.backward()
+    after_optimizer_step(model, lambda tensor: tensor)
+    found = {n: b for n, b in buffers(model).items() if n.endswith("unrouted")}
+    plain = adapted("llama", kind, **fields).train()
+    for name, parameter in plain.named_parameters():
+        if name.endswith("threshold"):
+            parameter.data.fill_(9.0)
+    plain(**inputs, labels=labels_of(inputs)).loss.backward()
+    after_optimizer_step(plain, lambda tensor: tensor)
+    for name, value in found.items():
+        assert value.any()
+        assert_close(value, buffers(plain)[name])
+
+
+def test_an_adapter_that_is_not_trained_is_left_alone():
+    from tests.tiny import moe_config
+
+    model = adapted("llama", "block", **STATEFUL["dynamic"])
+    model.add_adapter("other", moe_config("block", **STATEFUL["loss_free"]))
+    before = buffers(model)
+    model.set_adapter("other")
+    model.train()(**batch(), labels=labels_of(batch())).loss.backward()
+    for _ in range(3):
+        after_optimizer_step(model, lambda tensor: tensor)
+    after = buffers(model)
+    assert all(torch.equal(before[n], after[n]) for n in before if ".default." in n)
+    assert any(not torch.equal(before[n], after[n]) for n in before if ".other." in n)

@@ -9,6 +9,7 @@ from moeadapt.routers import ROUTERS
 from moeadapt.routers.sparsegen import sparsegen
 from tests.routers.reference import assert_routes_as, scores, shared_out, softmax, value
 from tests.samples import ALL_REAL, D, E, context, hidden, make_router
+from tests.structure.trace import SYNCHRONISING, names, recorded
 
 
 @pytest.fixture(autouse=True)
@@ -203,8 +204,9 @@ def test_dynamic_is_the_top_any_gating_of_dynmoe(training):
 def step(router, x, steps=1):
     """Run `x` through the router and tell it so, as an optimizer step would."""
     for _ in range(steps):
-        weights = router(x, context(len(x))).weights
-        router.after_step((weights != 0).double().sum(0), lambda tensor: tensor)
+        routing = router(x, context(len(x)))
+        uses = (routing.weights != 0).double().sum(0)
+        router.after_step(torch.tensor(float(len(x))), uses, router.record(routing, x))
 
 
 def test_dynamic_drops_an_expert_that_nobody_used():
@@ -243,17 +245,40 @@ def test_dynamic_never_changes_without_being_asked():
 def test_padding_does_not_ask_for_an_expert():
     router = make_router({"name": "dynamic", "every": 5})
     router.threshold.data.fill_(9.0)
-    router(hidden(), context(7, torch.zeros(7, dtype=torch.bool)))
-    assert not router.unrouted.any()
-    router(hidden(), context(7))
-    assert router.unrouted.any()
+    x = hidden()
+    nothing = router(x, context(7, torch.zeros(7, dtype=torch.bool)))
+    assert not router.record(nothing, x).any()
+    assert router.record(router(x, context(7)), x).any()
+
+
+def test_a_step_without_tokens_is_none():
+    """Another adapter was trained, or every label was masked."""
+    router = make_router({"name": "dynamic", "every": 1, "start": 3})
+    router.alive[0] = False
+    for _ in range(3):
+        router.after_step(torch.zeros(()), torch.zeros(E), torch.zeros(D))
+    assert router.alive.tolist() == [False, True, True, False]
+    router.after_step(torch.ones(()), torch.zeros(E), torch.zeros(D))
+    assert router.alive.tolist() == [False, True, False, False], "one that was alive stays"
+
+
+def test_following_a_step_never_waits_for_the_device():
+    router = make_router({"name": "dynamic", "every": 1})
+    with recorded() as kernels:
+        router.after_step(torch.ones(()), torch.rand(E), torch.rand(D))
+    assert not set(names(kernels)) & SYNCHRONISING
+
+
+def test_a_frozen_gate_that_would_be_changed_is_refused():
+    with pytest.raises(ConfigError, match="every=2 changes the gate, and freeze=True forbids it"):
+        ROUTERS.parse({"name": "dynamic", "every": 2, "freeze": True}).build(D, E)
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ({"name": "dynamic", "start": 5}, "start=5 is larger than num_experts=4"),
-        ({"name": "top_p", "k_max": 5}, "k=5 is larger than num_experts=4"),
+        ({"name": "top_p", "k_max": 5}, "k_max=5 is larger than num_experts=4"),
         ({"name": "expert_choice", "k": 4.5}, "k=4.5 is larger than num_experts=4"),
         ({"name": "rank_wise", "k": 5}, "k=5 is larger than num_experts=4"),
         ({"name": "hierarchical", "groups": 3}, "groups=3 does not divide num_experts=4"),
@@ -275,4 +300,3 @@ def test_sparsemax_is_the_nearest_point_of_the_simplex():
     others = others / others.sum(-1, keepdim=True)
     assert ((others - routing.logits[:, None]).square().sum(-1) >= distance[:, None]).all()
     assert len(counts(routing.weights)) > 1
-    assert_close(routing.weights, sparsegen(routing.logits, torch.ones(31, 1).double()))

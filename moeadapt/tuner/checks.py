@@ -1,0 +1,145 @@
+"""What an adapter's settings must agree on before a model is touched; each check names the cure."""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from peft.utils import resolve_quantization_backend
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from moeadapt.errors import ConfigError
+from moeadapt.experts import EXPERTS, BankSize
+from moeadapt.routers import RouterConfig
+from moeadapt.tuner.config import MoeLoraConfig
+from moeadapt.tuner.plan import TargetPlan
+
+
+def matching(pattern: Mapping[str, Any], key: str, default: Any) -> Any:
+    """Return the value of the first pattern that names `key`, else `default`."""
+    return pattern.get(get_pattern_key(list(pattern), key), default)
+
+
+def check_pattern_matches(config: MoeLoraConfig, plans: Mapping[str, TargetPlan]) -> None:
+    """Refuse a pattern for experts that names no target."""
+    if not isinstance(config.experts_pattern, dict):
+        return
+    for pattern in config.experts_pattern:
+        if not any(get_pattern_key([pattern], key) != key or pattern == key for key in plans):
+            raise ConfigError(
+                f"experts_pattern: {pattern!r} matches none of the {len(plans)} targets, such as "
+                f"{next(iter(plans))!r}; a pattern is the end of a module path, or a regex for it"
+            )
+
+
+def check_blocks(plans: Mapping[str, TargetPlan], sizes: Mapping[str, BankSize]) -> None:
+    """Refuse linears that share a routing over different numbers of experts."""
+    blocks: dict[str, dict[str, int]] = defaultdict(dict)
+    for key, plan in plans.items():
+        if plan.block is not None:
+            blocks[plan.block.path][key] = sizes[key].num_experts
+    for path, counts in blocks.items():
+        if len(set(counts.values())) > 1:
+            raise ConfigError(
+                f"the linears of {path!r} share one routing but would have different numbers of "
+                f"experts: {counts}. Give them one number in experts_pattern (and, with experts "
+                "'rank1', one rank in rank_pattern), or use placement='linear' with "
+                "router_scope='layer'."
+            )
+
+
+def check_losses(config: MoeLoraConfig, router: RouterConfig, sizes: Iterable[BankSize]) -> None:
+    """Refuse balance losses that do not work with the router or the experts."""
+    losses = config.balance_configs.values()
+    if not losses:
+        return
+    for size in sizes:
+        with warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")  # the router that is kept warns
+            bank = config.expert_config.build(size)
+            built = router.build(size.in_features, size.num_experts)
+        for loss in losses:
+            loss.check(built)
+            loss.check_experts(bank)
+
+
+def check_placement(config: MoeLoraConfig, name: str) -> None:
+    """Refuse an expert type in a placement where it cannot work."""
+    if config.placement == "glu" and name != "glu":
+        raise ConfigError(
+            "placement='glu' puts small FFNs beside the base FFN, and the other expert types "
+            "change a single linear; use experts={'name': 'glu', 'dim': 128} (dim: width of one "
+            "expert), or another placement"
+        )
+    reason = config.expert_config.refusal(config.placement)
+    if reason is not None:
+        works = "glu" if name == "glu" else "linear"
+        raise ConfigError(
+            f"experts {name!r} do not work with placement={config.placement!r}: {reason}. Use "
+            f"placement={works!r}."
+        )
+
+
+def check_patterns(config: MoeLoraConfig, key: str) -> None:
+    """Refuse ranks and alphas for experts that have neither."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        value = matching(getattr(config, field), key, None)
+        if value is not None:
+            raise ConfigError(
+                f"{field} gives {key!r} {value}, but experts 'glu' have no rank and no alpha: "
+                "their options are dim and scale. Let the pattern name attention layers only."
+            )
+
+
+def check_hidden(config: MoeLoraConfig, plans: Mapping[str, TargetPlan]) -> None:
+    """Refuse losses over expert features where no experts see what is routed."""
+    reading = [name for name, loss in config.balance_configs.items() if loss.reads_hidden]
+    for key, plan in plans.items():
+        if reading and plan.block is not None and plan.block.first not in plans:
+            raise ConfigError(
+                f"balance loss {reading[0]!r} compares what experts make of the routed hidden "
+                f"states, and the targets of {plan.block.path!r} (such as {key!r}) do not read "
+                f"them; target {plan.block.first!r} too, or use router_scope='layer'"
+            )
+
+
+def check_init(config: MoeLoraConfig, name: str) -> None:
+    """Refuse an initialisation that the expert type does not know."""
+    init = config.init_lora_weights
+    named = init in ("gaussian", "orthogonal")
+    if named and init not in config.expert_config.bank.inits:
+        able = [n for n, cls in EXPERTS.items() if init in cls.bank.inits]
+        raise ConfigError(
+            f"init_lora_weights={init!r} does not go with experts {name!r}; use one of {able}"
+        )
+    plain = name == "lora" and not config.expert_config.model_dump()["orthogonalize"]
+    if init == "svd_segments" and not plain:
+        raise ConfigError(
+            f"init_lora_weights='svd_segments' starts LoRA experts from the base weight; use "
+            f"experts='lora' without options, not {config.experts!r}"
+        )
+
+
+def check_segments(
+    key: str, size: BankSize, target: nn.Module, quantization: Mapping[str, Any]
+) -> None:
+    """Refuse to start from segments of a base weight that has too few or cannot be read."""
+    segment = min(size.in_features, size.out_features) // size.num_experts
+    if segment < size.rank:
+        raise ConfigError(
+            f"init_lora_weights='svd_segments': {key!r} is {size.in_features} -> "
+            f"{size.out_features}, so each of its {size.num_experts} experts has {segment} "
+            f"singular values to choose from, fewer than the rank {size.rank}; lower r or "
+            "num_experts, or exclude the module"
+        )
+    base: Any = target.get_base_layer() if hasattr(target, "get_base_layer") else target  # type: ignore[operator]
+    backend = resolve_quantization_backend(
+        base, **{"get_apply_tensor_subclass": dict, **quantization}
+    )
+    if backend is not None and not backend.supports_merge:
+        raise ConfigError(
+            f"init_lora_weights='svd_segments' needs the weight of {key!r}, which "
+            f"{backend.backend_name} cannot give back; use init_lora_weights=True"
+        )
