@@ -32,7 +32,7 @@ def test_a_registry_is_a_mapping_from_names_to_config_classes(kind):
 def test_an_unknown_name_lists_the_choices(kind, name):
     registry = REGISTRIES[kind]
     for spec in ({"name": name}, name if isinstance(name, str) else {}):
-        said = f"unknown {kind} .*; one of " if spec else f"{kind} .* has no 'name'; one of "
+        said = f"unknown {kind} .*; one of " if spec != {} else f"{kind} .* has no 'name'; one of "
         with pytest.raises(ConfigError, match=said) as caught:
             registry.parse(spec)
         assert all(repr(known) in str(caught.value) for known in registry)

@@ -149,8 +149,10 @@ class RouterHead:
             sink = torch.zeros_like(total)
             packed = sink
         else:
-            record = mixture.router.record(routing, mixture.hidden)
-            packed = torch.cat([stats.pack(routing, losses), record.float()])
+            packed = stats.pack(routing, losses)
+            if mixture.router.record_size:
+                record = mixture.router.record(routing, mixture.hidden)
+                packed = torch.cat([packed, record.float()])
         share = len(self._context.heads[self._adapter])
         weights = aux_loss.attach(
             weights,
