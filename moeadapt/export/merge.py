@@ -193,7 +193,7 @@ def densify(
 
 
 def _method(method: str | Mapping[str, Any], expert: int | None) -> MergeConfig:
-    spec = {"name": method} if isinstance(method, str) else dict(method)
+    spec: dict[str, Any] = {"name": method} if isinstance(method, str) else dict(method)
     if expert is not None:
         if spec.get("name") != "single":
             raise ConfigError(f"expert={expert} belongs to method='single', not {method!r}")
