@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moeadapt.balance import BALANCE as BALANCE
     from moeadapt.experts import EXPERTS as EXPERTS
     from moeadapt.export import surgery as surgery
+    from moeadapt.export.export import export as export
     from moeadapt.export.merge import densify as densify
     from moeadapt.export.merge import merge as merge
     from moeadapt.export.split import split as split
@@ -47,6 +48,7 @@ _HOME = {
     "densify": "moeadapt.export.merge",
     "distill": "moeadapt.training.distill",
     "errors": "moeadapt",
+    "export": "moeadapt",
     "init_from_adapters": "moeadapt.tuner.from_adapters",
     "init_routers_kmeans": "moeadapt.tuner.init",
     "merge": "moeadapt.export.merge",
@@ -64,7 +66,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'moeadapt' has no attribute {name!r}")
-    if name in ("errors", "surgery"):
+    if name in ("errors", "export", "surgery"):
         return importlib.import_module(f"{_HOME[name]}.{name}")
     return getattr(importlib.import_module(_HOME[name]), name)
 

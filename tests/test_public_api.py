@@ -47,6 +47,7 @@ def test_public_names_are_these():
         "densify",
         "distill",
         "errors",
+        "export",
         "init_from_adapters",
         "init_routers_kmeans",
         "merge",

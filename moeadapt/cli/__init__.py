@@ -2,7 +2,7 @@
 
 import typer
 
-from moeadapt.cli import demo, merge, methods, plan, split, train, upcycle, validate
+from moeadapt.cli import demo, export, merge, methods, plan, split, train, upcycle, validate
 from moeadapt.version import __version__
 
 app = typer.Typer(
@@ -13,7 +13,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for verb in (demo, train, validate, plan, methods, merge, split, upcycle):
+for verb in (demo, train, validate, plan, methods, merge, split, upcycle, export):
     verb.add_to(app)
 
 

@@ -26,10 +26,7 @@ from moeadapt.export.dense import (
 )
 
 COMMON = (
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     "vocab_size",
     "max_position_embeddings",
     "rms_norm_eps",
