@@ -65,8 +65,8 @@ ADAPTIVE = ("top_k", "null", "top_p", "threshold", "sparsegen", "dynamic", "relu
 def parse_args() -> argparse.Namespace:
     """Read the sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=12, help="training steps; 0: none")
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps per arm; 0: none")
     parser.add_argument("--test-rows", type=int, default=16, help="held-out rows per task")
     parser.add_argument("--time-rows", type=int, default=2, help="rows of a timed step")
     parser.add_argument("--only", nargs="*", help="arms to run, all if left out")
@@ -146,7 +146,7 @@ def main() -> None:
     results: dict[str, tuple[float, Mean | None]] = {}
     for name in names:
         nll = None
-        if name.startswith(ADAPTIVE):
+        if args.steps and name.startswith(ADAPTIVE):
             model = train(name, base_path, tokenizer, rows, args.steps)
             nll = Mean.of(answer_nll(model, tokenizer, test))
         else:
@@ -154,14 +154,14 @@ def main() -> None:
         results[name] = (active_experts(model, batch), nll)
         print(f"{name:24s} active {results[name][0]:5.2f}  held-out {nll}", flush=True)
     few = batch_of(tokenizer, test[: args.time_rows], torch.device("cpu"))
-    times = step_times(names, base_path, few, args.rounds)
+    times = step_times(names, base_path, few, args.rounds) if args.rounds else {}
     table = [
         {
             "router": name,
             "active_experts": round(active, 2),
             "held_out_nll": "" if nll is None else round(nll.value, 4),
             "standard_error": "" if nll is None else round(nll.error, 4),
-            "step_ratio_to_top_k": round(times[name], 2),
+            "step_ratio_to_top_k": round(times[name], 2) if times else "",
             "steps": 0 if nll is None else args.steps,
             "device": device_name("cpu"),
             "threads": torch.get_num_threads(),
@@ -174,9 +174,11 @@ def main() -> None:
         print(row)
     if args.csv:
         args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with args.csv.open("w", newline="") as file:
+        fresh = not args.csv.exists()
+        with args.csv.open("a", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(table[0]))
-            writer.writeheader()
+            if fresh:
+                writer.writeheader()
             writer.writerows(table)
 
 
