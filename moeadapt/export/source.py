@@ -22,7 +22,7 @@ from moeadapt.errors import ConfigError
 from moeadapt.export.shards import DTYPE_NAMES
 from moeadapt.export.writer import INDEX
 
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 """Bytes read at once while a file is hashed."""
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()} | {
