@@ -11,6 +11,22 @@ from transformers import PretrainedConfig
 
 T = TypeVar("T")
 
+COMMON = (
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    "vocab_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "hidden_act",
+    "rope_parameters",
+    "initializer_range",
+    "attention_dropout",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+"""Fields that a dense configuration shares with its mixture."""
+
 
 @dataclass(frozen=True)
 class Glu(Generic[T]):

@@ -49,6 +49,9 @@ def gate_rule(router: Router, spec: Any, *, additive: bool) -> GateRule:
     if name in ("soft", "gumbel"):
         return GateRule(scoring="softmax", top_k=experts, norm=None)
     k: Any = getattr(router, "k")  # noqa: B009
+    if name == "random":
+        # A top-k gate that was never trained; always normalised.
+        return GateRule(scoring=None if k == 1 else "softmax", top_k=k, norm=True)
     if name == "sigmoid":
         return _sigmoid(spec, k, additive=additive)
     normalised = spec.resolved_normalize() != "none"

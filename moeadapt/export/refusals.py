@@ -30,7 +30,6 @@ ROUTER_REASONS: Mapping[str, str] = {
     "expert_choice": "lets experts choose tokens, and a stock class lets tokens choose experts",
     "hash": "routes by token ids, and stock gates see hidden states only",
     "hierarchical": "chooses groups first, by a second gate that no stock class has",
-    "random": "draws experts at random",
     "rank_wise": "weights the ranks inside an expert, and a stock class weights whole experts",
     "relu": "uses as many experts as score above 0, and a stock class uses a fixed k",
     "sparsegen": "uses as many experts as its projection leaves, and a stock class a fixed k",
@@ -41,7 +40,7 @@ ROUTER_REASONS: Mapping[str, str] = {
 }
 """Router -> why no stock class computes it."""
 
-FITTING = ("gumbel", "sigmoid", "soft", "switch", "top_k", "uniform")
+FITTING = ("gumbel", "random", "sigmoid", "soft", "switch", "top_k", "uniform")
 """Routers that some stock class computes."""
 
 

@@ -95,6 +95,7 @@ def test_small_experts_beside_the_ffn_are_their_stock_class(name, scoring, targe
 
 VARIANTS = {
     "all experts, softmax": ("llama", "ffn", router("soft"), (4, 4)),
+    "random": ("llama", "ffn", router("random", k=2), (4, 2)),
     "gumbel": ("llama", "ffn", router("gumbel"), (4, 4)),
     "straight-through": ("llama", "ffn", router("gumbel", straight_through=True), (4, 1)),
     "uniform": ("llama", "ffn", {"router": "uniform"}, (4, 4)),

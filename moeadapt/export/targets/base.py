@@ -6,6 +6,7 @@ summed up before the first byte is read.
 Letters: D hidden width, I FFN width, M width of one expert, S of the shared one, E experts.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig
 
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.export.dense import (
+    COMMON,
     Copy,
     Glu,
     copies,
@@ -24,22 +26,6 @@ from moeadapt.export.dense import (
     is_ffn,
     prefix,
 )
-
-COMMON = (
-    *("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    "vocab_size",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "hidden_act",
-    "rope_parameters",
-    "initializer_range",
-    "attention_dropout",
-    "tie_word_embeddings",
-    "pad_token_id",
-    "bos_token_id",
-    "eos_token_id",
-)
-"""Fields that a dense configuration shares with its mixture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +91,7 @@ class Fill:
     exact: bool = False
 
 
-class Target:
+class Target(ABC):
     """One mixture class, for one dense configuration and one `MoeShape`.
 
     A subclass names its class and fields; the per-expert names below are those of most classes.
@@ -214,9 +200,9 @@ class Target:
         config.architectures = [self.architecture]
         return config
 
+    @abstractmethod
     def fields(self) -> dict[str, Any]:
         """Return the fields that only this class has."""
-        raise NotImplementedError
 
     def json_fields(self) -> dict[str, Any]:
         """Return what goes into config.json besides the configuration, for other engines."""
