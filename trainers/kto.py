@@ -28,7 +28,7 @@ def main(argv: list[str]) -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset if recipe.evaluates else None,
         processing_class=tokenizer,
-        peft_config=recipe.moe,
+        peft_config=recipe.adapter,
         **recipe.run.router_options.keywords(),
     )
     trainer.train(resume_from_checkpoint=recipe.resume)

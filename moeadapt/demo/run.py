@@ -1,4 +1,4 @@
-"""Runs the demo: train, compare, save, load in a new process, generate."""
+"""Runs the demo: train, compare, save, load in a new process, generate, export."""
 
 import ctypes
 import json
@@ -34,6 +34,7 @@ from moeadapt.demo.arms import (
 )
 from moeadapt.demo.heldout import Mean, answer_nll, by_domain, verdict
 from moeadapt.demo.reload import PROBE
+from moeadapt.demo.stock import TARGET, export_stock, make_room
 from moeadapt.embedded import TASKS, load_task, mix, resolve_model
 from moeadapt.errors import MoeAdaptError
 
@@ -59,6 +60,8 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     Raises:
         AssetError: the model or a task's package cannot be had.
         ReloadError: a saved adapter does not give the same logits in a new process.
+        ConfigError: the checkpoint at the end would have no room below `out`.
+        ExportError: the checkpoint is not the adapter.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
     transformers.utils.logging.set_verbosity_error()
@@ -69,6 +72,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     # A file is wide enough for the table; a terminal decides for itself.
     console = Console(quiet=as_json, width=None if sys.stdout.isatty() else 120)
     folder = Path(out)
+    checkpoint = make_room(folder)
     base_path = resolve_model(BASE, progress=not as_json)
     tokenizer = AutoTokenizer.from_pretrained(base_path)
     console.print(f"base model {BASE}, tasks {', '.join(TASKS)}, {os.cpu_count()} cores")
@@ -97,7 +101,12 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     best = min((a for a in arms if a.is_mixture), key=lambda a: Mean.of(scores[a.name]).value)
     after = _generate(models[best.name], tokenizer, test)
     _show_answers(console, best.name, test, before, after)
-    folder.mkdir(parents=True, exist_ok=True)
+    ffn = next(a for a in arms if a.is_mixture and a.config.placement == "ffn")  # type: ignore[attr-defined]
+    console.print(f"{ffn.name}: writing and checking a stock {TARGET} checkpoint")
+    receipt = export_stock(models[ffn.name], checkpoint, tokenizer, _one_per_task(test))
+    results["export"] = receipt.to_dict()
+    console.print(receipt.text())
+    console.print(f"AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}) needs no moeadapt")
     (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     console.print(f"adapters and results: {folder}")
     if as_json:

@@ -28,9 +28,6 @@ from moeadapt.export.verify import load_strictly, logits_of, probe_ids
 from moeadapt.export.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from moeadapt.routers import ROUTERS
 
-TOLERANCE = 1e-4
-"""Largest logit difference from the adapter where everything is float32."""
-
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 """How transformers runs experts; both are compared."""
 
@@ -57,8 +54,8 @@ def export(
         engines: where it must run: transformers, vllm, sglang, llama.cpp.
         dtype: on disk; that of the base if None.
         probe: texts as token ids, to compare the models on; random ids if None.
-        tolerance: largest allowed logit difference; None: 1e-4 where base and checkpoint are
-            float32, and no promise otherwise.
+        tolerance: largest allowed logit difference; None: 1e-4, or 1e-5 of the largest logit if
+            that is more, where base and checkpoint are float32, and no promise otherwise.
         untie: write the output head as its own tensor where the base shares it.
         tokenizer: is saved along; without it, the files of a base that is a local folder.
         max_shard_bytes: largest file, unless one tensor is larger.
@@ -91,8 +88,8 @@ def export(
             writer.complete()
             measured = _measure(model, mixture, writer.folder, ids)
             lowest = min((t.dtype for t in tensors), key=lambda kind: torch.finfo(kind).bits)
-            allowed = _allowed(tolerance, lowest, measured)
             worst = max(measured.values(), key=lambda m: m.max_logit_difference)
+            allowed = _allowed(tolerance, lowest, worst)
             if allowed is not None and not worst.max_logit_difference <= allowed:
                 raise ExportError(
                     "the checkpoint is not the adapter: logits differ by "
@@ -197,14 +194,11 @@ def _measure(
     return measured
 
 
-def _allowed(
-    tolerance: float | None, lowest: torch.dtype, measured: dict[str, Measured]
-) -> float | None:
+def _allowed(tolerance: float | None, lowest: torch.dtype, measured: Measured) -> float | None:
     if tolerance is not None:
         return tolerance
-    ran = next(iter(measured.values())).dtype
-    exact = torch.finfo(lowest).bits >= 32 and ran in ("float32", "float64")  # noqa: PLR2004
-    return TOLERANCE if exact else None
+    exact = torch.finfo(lowest).bits >= 32 and measured.dtype in ("float32", "float64")  # noqa: PLR2004
+    return measured.float32_tolerance if exact else None
 
 
 def _receipt(

@@ -35,9 +35,6 @@ from moeadapt.export.variants import Variation
 from moeadapt.export.verify import load_strictly, logits_of, probe_ids
 from moeadapt.export.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 
-TOLERANCE = 1e-4
-"""Largest logit difference of identical experts from the base, in float32."""
-
 
 def upcycle(
     base: str | Path | PreTrainedModel,
@@ -59,7 +56,7 @@ def upcycle(
     dtype: torch.dtype | None = None,
     seed: int = 0,
     verify: bool = True,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Receipt:
     """Write a mixture of whole FFNs as a stock checkpoint of transformers, and check it.
@@ -87,7 +84,8 @@ def upcycle(
         dtype: on disk; that of the base if None.
         seed: of everything random.
         verify: load the result and compare it with the base; needs room for one model in float32.
-        tolerance: largest logit difference in float32 where the experts are copies.
+        tolerance: largest logit difference in float32 where the experts are copies; None: 1e-4, or
+            1e-5 of the largest logit if that is more.
         max_shard_bytes: largest file, unless one tensor is larger.
 
     Returns:
@@ -124,8 +122,9 @@ def upcycle(
             writer.copy_companions(dense.folder)
         writer.complete()
         measured = _compare(base, writer.folder, chosen) if verify else None
-        allowed = tolerance if exact else None
-        if measured is not None and allowed is not None:
+        allowed = None
+        if measured is not None and exact:
+            allowed = measured.float32_tolerance if tolerance is None else tolerance
             _require(measured, allowed)
         settings = {
             **{"noise": noise, "drop": drop, "granularity": granularity, "seed": seed},

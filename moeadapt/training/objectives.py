@@ -31,8 +31,10 @@ class Objective:
         """Return TRL's config class of this objective."""
         return getattr(importlib.import_module("trl"), f"{self.trl_name}Config")
 
-    def trainer_class(self) -> type[Any]:
-        """Return our trainer: TRL's with `MoETrainerMixin`."""
+    def trainer_class(self, *, is_mixture: bool = True) -> type[Any]:
+        """Return our trainer, which is TRL's with `MoETrainerMixin`; for a plain LoRA TRL's own."""
+        if not is_mixture:
+            return getattr(importlib.import_module("trl"), f"{self.trl_name}Trainer")
         module = importlib.import_module("moeadapt.training.trainers")
         return getattr(module, f"MoE{self.trl_name}Trainer")
 

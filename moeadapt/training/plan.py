@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from moeadapt.training.base_model import empty_base
@@ -23,8 +24,8 @@ class Plan:
         base: parameters of the base model.
         trainable: parameters that are trained.
         active: trained parameters that one token uses: the chosen experts, and the routers.
-        targets: target linears.
-        routers: routers.
+        targets: target linears; of an upcycled base also routers and stacks of experts.
+        routers: routers of the adapter.
         adapter_bytes: size of the saved adapter, in bytes.
         memory_bytes: estimate of weights, gradients and optimizer state, in bytes; activations
             come on top and depend on the batch.
@@ -69,13 +70,12 @@ def plan_recipe(recipe: Recipe) -> Plan:
 def plan_model(model: nn.Module, recipe: Recipe) -> Plan:
     """Count on `model`, which may be on the meta device; it gets the adapter."""
     base = sum(p.numel() for p in model.parameters())
-    peft_model: Any = get_peft_model(model, recipe.moe, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    peft_model: Any = get_peft_model(model, recipe.adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    layers = [m for m in peft_model.modules() if isinstance(m, MoeLoraLinear)]
+    layers = [m for m in peft_model.modules() if isinstance(m, BaseTunerLayer)]
     context = find_context(peft_model)
-    assert context is not None
-    heads = context.heads.get("default", {})
-    idle = sum(_idle(layer) for layer in layers)
+    heads = {} if context is None else context.heads.get("default", {})
+    idle = sum(_idle(layer) for layer in layers if isinstance(layer, MoeLoraLinear))
     run = recipe.run
     weight_bytes = 0.5625 if run.load_in_4bit else 1 if run.load_in_8bit else _BYTES[run.dtype]
     # Trained weights are float32, with a gradient and Adam's two moments.

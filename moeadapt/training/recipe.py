@@ -1,27 +1,26 @@
 """A recipe: one YAML file (or flags) -> checked settings of a run. Unknown keys are refused.
 
 Layout: the fields of `RunArguments`, the fields of the objective's TRL config (the names TRL users
-know), and under `moe` the fields of `MoeLoraConfig`. A flag wins over the file; nested fields take
-a dot: `--moe.router.k 1`.
+know), and under `moe` the fields of `MoeLoraConfig`, or under `lora` those of PEFT's `LoraConfig`
+for a plain LoRA: the baseline, and the adapter of an upcycled base. A flag wins over the file;
+nested fields take a dot: `--moe.router.k 1`.
 """
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import yaml
+from peft import LoraConfig, PeftConfig
 from transformers import HfArgumentParser
 
-from moeadapt.balance import BALANCE
 from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.training.objectives import OBJECTIVES, Objective
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.rewards import get_reward
+from moeadapt.training.settings import read_flags, read_yaml, set_nested
 from moeadapt.tuner.config import MoeLoraConfig
 
 
@@ -82,15 +81,20 @@ class Recipe:
         objective: which trainer.
         run: model and data.
         trainer_args: TRL's config of the objective.
-        moe: the adapter.
+        adapter: a mixture of LoRA experts, or a plain LoRA.
         source: the file it came from, for messages.
     """
 
     objective: Objective
     run: RunArguments
     trainer_args: Any
-    moe: MoeLoraConfig
+    adapter: PeftConfig
     source: str
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the adapter has experts."""
+        return isinstance(self.adapter, MoeLoraConfig)
 
     @property
     def evaluates(self) -> bool:
@@ -117,38 +121,33 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
             the file), or a value of the wrong type or out of range.
     """
     goal = OBJECTIVES[objective]
-    values, places = _read_yaml(config) if config else ({}, {})
-    for key, value in _read_flags(flags).items():
-        _set_nested(values, key, value)
+    values, places = read_yaml(config) if config else ({}, {})
+    for key, value in read_flags(flags).items():
+        set_nested(values, key, value)
         places.pop(key.partition(".")[0], None)
-    moe_values = values.pop("moe", None) or {}
-    if not isinstance(moe_values, Mapping):
-        raise ConfigError(f"{config}: 'moe' must be a mapping of MoeLoraConfig fields")
     config_class = goal.config_class()
     known = {f.name for cls in (RunArguments, config_class) for f in fields(cls) if f.init}
-    _refuse_unknown(values, known | {"moe"}, lambda key: places.get(key, "flags"))
-    _refuse_unknown(moe_values, _MOE_FIELDS, lambda key: f"{places.get('moe', 'flags')}: moe")
-    if moe_values.get("task_type", goal.task_type) != goal.task_type:
-        raise ConfigError(
-            f"{places.get('moe', 'flags')}: moe.task_type={moe_values['task_type']!r}, but "
-            f"{objective} trains {goal.task_type}; leave it out"
-        )
-    moe = _adapter({**moe_values, "task_type": goal.task_type})
+    _refuse_unknown(values, known | set(_SECTIONS), lambda key: places.get(key, "flags"))
+    adapter = _adapter(values, places, goal)
     source = " and ".join(filter(None, [config, "flags" if flags else None])) or "defaults"
     run, trainer_args = _parse_flat(config_class, values, source)
     if run.load_in_4bit and run.load_in_8bit:
         raise ConfigError(f"{source}: load_in_4bit and load_in_8bit exclude each other")
     try:
-        _ = run.router_options
+        options = run.router_options
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    if options != RouterOptions() and isinstance(adapter, LoraConfig):
+        raise ConfigError(
+            f"{source}: router_* settings, but a plain LoRA has no routers of its own"
+        )
     if goal.data == "prompt":
         get_reward(run.reward)
     return Recipe(
         objective=goal,
         run=run,
         trainer_args=trainer_args,
-        moe=moe,
+        adapter=adapter,
         source=source,
     )
 
@@ -159,9 +158,15 @@ def parse_script(objective: str, argv: Sequence[str]) -> Recipe:
     parser.add_argument("--config")
     known, flags = parser.parse_known_args(list(argv))
     try:
-        return parse_recipe(objective, known.config, flags)
+        recipe = parse_recipe(objective, known.config, flags)
+        if not recipe.is_mixture:
+            raise ConfigError(
+                f"{recipe.source}: this script trains a mixture, and 'lora' asks for a plain LoRA; "
+                f"run it with `moeadapt train {objective}`"
+            )
     except ConfigError as error:
         raise SystemExit(_say(error)) from None
+    return recipe
 
 
 def _say(error: ConfigError) -> int:
@@ -169,84 +174,40 @@ def _say(error: ConfigError) -> int:
     return 2
 
 
-_MOE_FIELDS = {"preset", *(f.name for f in fields(MoeLoraConfig))} - {"peft_type", "auto_mapping"}
+def _settings_of(config_class: type) -> set[str]:
+    return {f.name for f in fields(config_class)} - {"peft_type", "auto_mapping"}
 
 
-def _adapter(values: dict[str, Any]) -> MoeLoraConfig:
-    preset = values.pop("preset", None)
-    return MoeLoraConfig(**values) if preset is None else MoeLoraConfig.preset(preset, **values)
+_SECTIONS = {"moe": _settings_of(MoeLoraConfig) | {"preset"}, "lora": _settings_of(LoraConfig)}
+"""Section of a recipe that says what is trained -> its settings."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML without two surprises of YAML 1.1: 1e-3 is a number, and `no` is a word."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def _read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the mapping in the file, and `file:line` of each top-level key."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        values = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: a recipe is a mapping of settings, found {type(values)}")
-    places = {key.value: f"{path}:{key.start_mark.line + 1}" for key, _ in node.value}
-    return values, places
-
-
-def _read_flags(flags: Sequence[str]) -> dict[str, Any]:
-    """Turn `--a.b value` and `--a.b=value` into `{"a.b": value}`; a bare `--flag` is true."""
-    values: dict[str, Any] = {}
-    rest = list(flags)
-    while rest:
-        flag = rest.pop(0)
-        if not flag.startswith("--"):
-            raise ConfigError(f"unexpected argument {flag!r}; settings are given as --name value")
-        name, equals, value = flag[2:].partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+def _adapter(values: dict[str, Any], places: Mapping[str, str], goal: Objective) -> PeftConfig:
+    """Take the adapter's section out of `values` and build it; without one, the default mixture."""
+    given = [name for name in _SECTIONS if name in values]
+    if len(given) > 1:
+        raise ConfigError(f"{places.get('lora', 'flags')}: 'moe' and 'lora' exclude each other")
+    section = given[0] if given else "moe"
+    place = places.get(section, "flags")
+    settings = values.pop(section, None) or {}
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"{place}: {section!r} must be a mapping of the adapter's settings")
+    _refuse_unknown(settings, _SECTIONS[section], lambda key: f"{place}: {section}")
+    if settings.get("task_type", goal.task_type) != goal.task_type:
+        raise ConfigError(
+            f"{place}: {section}.task_type={settings['task_type']!r}, but {goal.name} trains "
+            f"{goal.task_type}; leave it out"
+        )
+    settings = {**settings, "task_type": goal.task_type}
+    if section == "lora":
         try:
-            values[name] = yaml.load(value, Loader=_Loader)
-        except yaml.YAMLError:
-            values[name] = value
-    return values
-
-
-def _set_nested(values: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
-    place = values
-    for parent in parents:
-        below = place.get(parent)
-        if isinstance(below, str):
-            below = {"name": below}  # `router: top_k` in the file, `--moe.router.k 1` as a flag
-        elif isinstance(below, (int, float)) and parents[:2] == ["moe", "balance"]:
-            # `switch: 0.01` in the file, `--moe.balance.switch.coef 0.1` as a flag
-            below = {BALANCE[parent].shorthand: below}
-        elif below is not None and not isinstance(below, Mapping):
-            raise ConfigError(f"flags: --{key}: {parent!r} is {below!r}, which has no settings")
-        place[parent] = dict(below or {})
-        place = place[parent]
-    place[last] = value
+            return LoraConfig(**settings)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{place}: lora: {error}") from None
+    preset = settings.pop("preset", None)
+    if preset is None:
+        return MoeLoraConfig(**settings)
+    return MoeLoraConfig.preset(preset, **settings)
 
 
 def _refuse_unknown(

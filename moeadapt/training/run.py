@@ -21,14 +21,15 @@ def build_trainer(recipe: Recipe) -> Any:
         extra["reward_funcs"] = get_reward(recipe.run.reward)
     train, test = load_data(recipe.run, goal.data)
     model, tokenizer = load_base(recipe.run, goal)
-    return goal.trainer_class()(
+    if recipe.is_mixture:
+        extra |= recipe.run.router_options.keywords()
+    return goal.trainer_class(is_mixture=recipe.is_mixture)(
         model=model,
         args=recipe.trainer_args,
         train_dataset=train,
         eval_dataset=test if recipe.evaluates else None,
         processing_class=tokenizer,
-        peft_config=recipe.moe,
-        **recipe.run.router_options.keywords(),
+        peft_config=recipe.adapter,
         **extra,
     )
 

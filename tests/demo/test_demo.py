@@ -9,6 +9,8 @@ import torch
 from moeadapt.demo import run as demo
 from moeadapt.demo.arms import batch_of, make_arms
 from moeadapt.demo.heldout import Mean, answer_nll, verdict
+from moeadapt.demo.stock import make_room
+from moeadapt.errors import ConfigError
 from tests.tiny import saved_base, tiny
 from tests.toy import toy_tokenizer
 
@@ -43,6 +45,23 @@ def test_every_arm_is_measured_on_every_task(results):
 def test_both_mixtures_load_in_a_new_process_with_equal_logits(results):
     gaps = [entry.get("reload_max_difference") for entry in results["arms"].values()]
     assert [gap for gap in gaps if gap is not None] == [0.0, 0.0]
+
+
+def test_the_ffn_mixture_is_exported_and_the_receipt_kept(results):
+    receipt = results["export"]
+    assert (receipt["target"], receipt["num_experts"], receipt["top_k"]) == ("mixtral", 4, 2)
+    assert receipt["measured"]["max_logit_difference"] <= receipt["tolerance"] == 1e-4
+
+
+def test_only_a_checkpoint_of_an_earlier_demo_is_replaced(tmp_path):
+    place = make_room(tmp_path)
+    place.mkdir()
+    (place / "mine.txt").write_text("x")
+    with pytest.raises(ConfigError, match="exists"):
+        make_room(tmp_path)
+    (place / "export_receipt.json").write_text("{}")
+    assert make_room(tmp_path) == place
+    assert not place.exists()
 
 
 def test_the_verdict_names_an_arm(results):

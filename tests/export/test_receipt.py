@@ -41,6 +41,14 @@ def test_equal_logits_differ_by_nothing():
     assert measured.argmax_agreement == 1.0
 
 
+@pytest.mark.parametrize(("scale", "allowed"), [(1.0, 1e-4), (10.0, 1e-4), (40.0, 4e-4)])
+def test_the_tolerance_grows_with_logits_above_ten(scale, allowed):
+    reference = [torch.tensor([[[-scale, 0.5]]])]
+    measured = compare(reference, reference, torch.float32)
+    assert measured.largest_logit == scale
+    assert measured.float32_tolerance == pytest.approx(allowed)
+
+
 def receipt(**fields) -> Receipt:
     known = {
         "kind": "export", "target": "mixtral", "base_type": "llama", "num_experts": 4, "top_k": 2,

@@ -150,7 +150,7 @@ def test_a_recipe_names_a_preset_and_what_differs(tmp_path):
         "moe: {preset: mixlora, num_experts: 4, router: {k: 1}}\n"
     )
     flags = ["--use_cpu", "--bf16", "false", "--moe.balance.switch", "0.1"]
-    moe = parse_recipe("sft", str(path), flags).moe
+    moe = parse_recipe("sft", str(path), flags).adapter
     assert (moe.placement, moe.num_experts, moe.router["k"]) == ("ffn", 4, 1)
     assert moe.balance == {"switch": {"coef": 0.1}}
     with pytest.raises(ConfigError, match="moe: unknown setting 'num_expert'"):

@@ -34,12 +34,12 @@ def test_there_is_a_recipe_for_every_objective():
 def test_a_recipe_builds_on_a_model_of_its_architecture(path):
     recipe = parse(path)
     model = tiny(ARCHITECTURE[path.stem.split("_")[0]])
-    if recipe.moe.task_type == "SEQ_CLS":
+    if recipe.adapter.task_type == "SEQ_CLS":
         config = model.config
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config)
-    targets = recipe.moe.target_modules
-    adapted = get_peft_model(model, recipe.moe)
+    targets = recipe.adapter.target_modules
+    adapted = get_peft_model(model, recipe.adapter)
     layers = [m for m in adapted.modules() if isinstance(m, MoeLoraLinear)]
     assert len(layers) == 2 * (7 if targets == "all-linear" else len(targets))
 
@@ -58,9 +58,9 @@ def test_flags_win_over_the_file_also_when_nested():
         *["--learning_rate", "3e-4", "--moe.r=2", "--moe.router.k", "1", "--max-steps", "7"],
     )
     assert recipe.trainer_args.learning_rate == 3e-4
-    assert recipe.moe.r == 2
-    assert recipe.moe.router["k"] == 1
-    assert recipe.moe.router["name"] == "top_k"
+    assert recipe.adapter.r == 2
+    assert recipe.adapter.router["k"] == 1
+    assert recipe.adapter.router["name"] == "top_k"
     assert recipe.trainer_args.max_steps == 7
 
 
@@ -68,9 +68,9 @@ def test_numbers_may_be_written_with_an_exponent(tmp_path):
     path = tmp_path / "r.yaml"
     shipped = (ROOT / "configs/sft/smollm2_mixlora.yaml").read_text()
     path.write_text(shipped.replace("switch: 0.01", "switch: 1e-3"))
-    assert parse_recipe("sft", str(path), CPU).moe.balance["switch"]["coef"] == 1e-3
+    assert parse_recipe("sft", str(path), CPU).adapter.balance["switch"]["coef"] == 1e-3
     recipe = parse_recipe("sft", str(path), [*CPU, "--moe.balance.switch", "2e-3"])
-    assert recipe.moe.balance["switch"]["coef"] == 2e-3
+    assert recipe.adapter.balance["switch"]["coef"] == 2e-3
 
 
 @pytest.mark.parametrize("name", ["save_strategy", "eval_strategy"])
@@ -86,7 +86,7 @@ def test_the_word_no_is_a_word(name, tmp_path):
 def test_a_coefficient_in_the_file_can_be_given_in_full_as_a_flag():
     path = ROOT / "configs/sft/smollm2_mixlora.yaml"
     recipe = parse(path, "--moe.balance.switch.coef", "0.1")
-    assert recipe.moe.balance == {"switch": {"coef": 0.1}}
+    assert recipe.adapter.balance == {"switch": {"coef": 0.1}}
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_missing_file_is_refused():
 def test_the_plan_counts_what_training_would_train():
     recipe = parse(ROOT / "configs/sft/smollm2_mixlora.yaml")
     plan = plan_model(tiny("llama"), recipe)
-    trained = get_peft_model(tiny("llama"), recipe.moe)
+    trained = get_peft_model(tiny("llama"), recipe.adapter)
     assert plan.trainable == sum(p.numel() for p in trained.parameters() if p.requires_grad)
     assert plan.base == sum(p.numel() for p in tiny("llama").parameters())
     # k=2 of 4 experts: half of every FFN expert bank is idle; attention LoRA is always on.

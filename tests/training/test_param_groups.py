@@ -267,10 +267,10 @@ def test_a_recipe_passes_the_options_and_the_schedule_to_the_trainer(
     flags = ["--router_learning_rate", "5e-3", "--router_weight_decay=0.25"]
     flags += ["--router-max-grad-norm", "0.5", "--moe.schedule.k.start", "4"]
     recipe = parse_recipe("sft", None, [*SFT, *flags, "--moe.schedule.k.steps", "9"])
-    assert recipe.moe.schedule["k"] == {"start": 4, "end": None, "steps": 9}
+    assert recipe.adapter.schedule["k"] == {"start": 4, "end": None, "steps": 9}
     monkeypatch.setattr(run, "load_base", lambda *_: (None, None))
     monkeypatch.setattr(run, "load_data", lambda *_: (None, None))
-    monkeypatch.setattr(Objective, "trainer_class", lambda _: dict)
+    monkeypatch.setattr(Objective, "trainer_class", lambda _, is_mixture: dict)
     built = run.build_trainer(recipe)
     assert built["router_learning_rate"] == 5e-3
     assert built["router_weight_decay"] == 0.25
