@@ -17,7 +17,7 @@ def add_to(app: typer.Typer) -> None:
 
 @reports_errors
 def upcycle(
-    base: str = typer.Argument(help="Folder of the dense checkpoint."),
+    base: str = typer.Argument(help="Folder of the dense checkpoint, or embedded:smollm2-135m."),
     out: str = typer.Argument(help="Folder to write; new or empty."),
     num_experts: int | None = typer.Option(
         None, help="Copies of each FFN; the number of sources if there are any."

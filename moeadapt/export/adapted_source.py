@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moeadapt.errors import ConfigError
 from moeadapt.export.source import FolderSource, Source, hash_files
-from moeadapt.tuner.from_adapters import _read
+from moeadapt.tuner.plain_reader import read_plain
 
 
 class LoraSource(Source):
@@ -22,7 +22,7 @@ class LoraSource(Source):
         """
         self.config, self.folder = base.config, base.folder
         self._base, self._adapter = base, Path(folder)
-        self._pairs = {f"{key}.weight": pair for key, pair in _read(Path(folder)).items()}
+        self._pairs = {f"{key}.weight": pair for key, pair in read_plain(folder).items()}
         known = base.tensors()
         for name, pair in self._pairs.items():
             shape = (pair.b.shape[0], pair.a.shape[1])

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from moeadapt.embedded import resolve_model
 from moeadapt.errors import ConfigError
 from moeadapt.export.shards import DTYPE_NAMES
 from moeadapt.export.writer import INDEX
@@ -166,14 +167,17 @@ class ModelSource(Source):
 
 
 def open_source(base: "str | Path | PreTrainedModel | Source") -> Source:
-    """Return a reader of a checkpoint folder or of a model in memory.
+    """Return a reader of a checkpoint folder, of an `embedded:` model or of a model in memory.
 
     Raises:
         ConfigError: see `FolderSource` and `ModelSource`.
+        AssetError: see `resolve_model`.
     """
     if isinstance(base, Source):
         return base
-    return FolderSource(base) if isinstance(base, str | os.PathLike) else ModelSource(base)
+    if isinstance(base, str):
+        base = Path(resolve_model(base))
+    return FolderSource(base) if isinstance(base, os.PathLike) else ModelSource(base)
 
 
 def hash_files(paths: list[Path]) -> str:

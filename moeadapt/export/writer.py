@@ -1,9 +1,12 @@
 """Writes a checkpoint matrix by matrix into a hidden folder that gets its name only when complete.
 
-Steps: 1. refuse an occupied folder or a full disk; 2. write the headers of all files; 3. put every
-matrix in its place; 4. refuse to finish while a byte is missing; 5. flush to disk and rename.
+Steps: 1. remove what a killed run left; 2. refuse an occupied folder or a full disk; 3. write the
+headers of all files; 4. put every matrix in its place; 5. refuse to finish while a byte is missing;
+6. flush to disk and rename.
 """
 
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -54,6 +57,8 @@ class CheckpointWriter:
     ) -> None:
         """Check the place and lay out the files; writes nothing.
 
+        Hidden folders of the same name whose process is gone are removed.
+
         Raises:
             ConfigError: `out_dir` exists and is not an empty folder, the disk has too little room,
                 or `max_shard_bytes` is below 1.
@@ -65,15 +70,18 @@ class CheckpointWriter:
         }
         self._missing = {tensor.name: tensor.nbytes for tensor in tensors}
         self.nbytes = sum(shard.nbytes for shard in self._shards)
+        remove_leftovers(self.out_dir)
         check_place(self.out_dir, self.nbytes)
         self.folder = self.out_dir.parent / f".{self.out_dir.name}.partial-{uuid.uuid4().hex[:8]}"
         self._files: dict[str, int] = {}
+        self._lock: int | None = None
         self._finished = False
 
     def __enter__(self) -> "CheckpointWriter":
         """Create the hidden folder and the files, headers only."""
         self.out_dir.parent.mkdir(parents=True, exist_ok=True)
         self.folder.mkdir()
+        self._lock = _lock(self.folder)
         for shard in self._shards:
             path = self.folder / shard.file
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -92,6 +100,8 @@ class CheckpointWriter:
         self._close()
         if not self._finished:
             shutil.rmtree(self.folder, ignore_errors=True)
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _close(self) -> None:
         while self._files:
@@ -174,6 +184,26 @@ class CheckpointWriter:
         self._finished = True
         _sync(self.out_dir.parent)
         return self.out_dir
+
+
+def remove_leftovers(out_dir: Path) -> None:
+    """Remove the hidden folders that killed runs left beside `out_dir`; not those in use."""
+    for folder in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.partial-*"):
+        lock = _lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Return an open file that locks `folder` while its process lives; None if another has it."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        return None
+    return file
 
 
 def check_place(out_dir: Path, nbytes: int) -> None:

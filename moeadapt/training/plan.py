@@ -9,6 +9,7 @@ from torch import nn
 
 from moeadapt.training.base_model import empty_base
 from moeadapt.training.recipe import Recipe
+from moeadapt.training.stock_moe import fit_to_stock_moe
 from moeadapt.tuner.context import find_context
 from moeadapt.tuner.layer import MoeLoraLinear
 
@@ -70,7 +71,8 @@ def plan_recipe(recipe: Recipe) -> Plan:
 def plan_model(model: nn.Module, recipe: Recipe) -> Plan:
     """Count on `model`, which may be on the meta device; it gets the adapter."""
     base = sum(p.numel() for p in model.parameters())
-    peft_model: Any = get_peft_model(model, recipe.adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    adapter = fit_to_stock_moe(recipe.adapter, model)
+    peft_model: Any = get_peft_model(model, adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     layers = [m for m in peft_model.modules() if isinstance(m, BaseTunerLayer)]
     context = find_context(peft_model)

@@ -6,6 +6,7 @@ from moeadapt.training.base_model import load_base
 from moeadapt.training.data import load_data
 from moeadapt.training.recipe import Recipe
 from moeadapt.training.rewards import get_reward
+from moeadapt.training.stock_moe import fit_to_stock_moe
 
 
 def build_trainer(recipe: Recipe) -> Any:
@@ -29,7 +30,7 @@ def build_trainer(recipe: Recipe) -> Any:
         train_dataset=train,
         eval_dataset=test if recipe.evaluates else None,
         processing_class=tokenizer,
-        peft_config=recipe.adapter,
+        peft_config=fit_to_stock_moe(recipe.adapter, model),
         **extra,
     )
 

@@ -1,37 +1,19 @@
-"""Experts that start as trained LoRA adapters, one adapter per expert.
+"""Experts that start as trained LoRA adapters, one adapter per expert."""
 
-Letters: D in, O out, r rank of one expert.
-"""
-
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from moeadapt.errors import ConfigError
 from moeadapt.experts import ExpertBank
 from moeadapt.experts.lora import LoraBank
-from moeadapt.tuner.inspect import require_context
 from moeadapt.tuner.layer import PREFIX, MoeLoraLinear
+from moeadapt.tuner.plain import adapter_layers
+from moeadapt.tuner.plain_reader import ScaledPair, read_plain
 from moeadapt.tuner.segments import START_NAMES
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pair:
-    """What one adapter adds to one linear: scale * B A."""
-
-    a: Float[Tensor, "r D"]
-    b: Float[Tensor, "O r"]
-    scale: float
 
 
 def init_from_adapters(
@@ -56,17 +38,10 @@ def init_from_adapters(
     """
     if isinstance(folders, str | Path):
         raise ConfigError(f"folders={str(folders)!r} is one folder; give a list, one per expert")
-    require_context(model)
-    layers = {
-        m.moe_plans[adapter].key: m
-        for m in model.modules()
-        if isinstance(m, MoeLoraLinear) and adapter in m.moe_banks
-    }
-    if not layers:
-        raise ConfigError(f"the model has no moeadapt adapter {adapter!r}")
+    layers = adapter_layers(model, adapter)
     for key, layer in layers.items():
         _check_bank(key, layer, adapter, len(folders))
-    adapters = [_read(Path(folder)) for folder in folders]
+    adapters = [read_plain(folder) for folder in folders]
     banks = {key: layer.moe_banks[adapter] for key, layer in layers.items()}
     for expert, (folder, pairs) in enumerate(zip(folders, adapters, strict=True)):
         _check_pairs(folder, pairs, banks, expert)
@@ -96,78 +71,8 @@ def _check_bank(key: str, layer: MoeLoraLinear, adapter: str, found: int) -> Non
         )
 
 
-def _read(folder: Path) -> dict[str, _Pair]:
-    config, tensors = _files(folder)
-    pairs: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        key, _, factor = name.removesuffix(".weight").rpartition(".")
-        if factor not in ("lora_A", "lora_B") or not name.endswith(".weight"):
-            raise ConfigError(f"{folder} holds {name!r}, which is not part of a plain LoRA")
-        pairs.setdefault(key.removeprefix("base_model.model."), {})[factor] = tensor
-    read = {}
-    for key, pair in pairs.items():
-        if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:  # noqa: PLR2004
-            raise ConfigError(f"{folder}: lora_A and lora_B of {key!r} do not belong together")
-        scale = _scale(config, key, pair["lora_A"].shape[0])
-        read[key] = _Pair(a=pair["lora_A"], b=pair["lora_B"], scale=scale)
-    return read
-
-
-def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"{folder} has no {' and no '.join(missing)}; give the folder of an adapter saved with "
-            "model.save_pretrained (pickled .bin files are not read)"
-        )
-    try:
-        config, tensors = json.loads(paths[0].read_text(encoding="utf-8")), load_file(paths[1])
-    except (ValueError, SafetensorError) as error:
-        raise ConfigError(f"{folder} is damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder} is no LoRA adapter: peft_type is not 'LORA'")
-    odd = [name for name in _NOT_PLAIN if config.get(name)]
-    if config.get("bias", "none") != "none":
-        odd.append("bias")
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGES_THE_BASE):
-        odd.append(f"init_lora_weights={start!r}, which changes the base")
-    if odd:
-        raise ConfigError(
-            f"{folder} is not a plain LoRA: it uses {', '.join(odd)}; an expert is a pair A and B "
-            "beside an unchanged base"
-        )
-    return config, tensors
-
-
-# What makes a LoRA adapter more than its pairs of matrices.
-_NOT_PLAIN = (
-    "use_dora",
-    "use_qalora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "lora_bias",
-    "megatron_config",
-    "modules_to_save",
-    "target_parameters",
-    "trainable_token_indices",
-    "layer_replication",
-)
-_CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-
-
-def _scale(config: dict[str, Any], key: str, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), key), config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise ConfigError(f"lora_alpha={alpha!r} of a LoRA adapter is not a number")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
 def _check_pairs(
-    folder: str | Path, pairs: dict[str, _Pair], banks: dict[str, ExpertBank], expert: int
+    folder: str | Path, pairs: dict[str, ScaledPair], banks: dict[str, ExpertBank], expert: int
 ) -> None:
     other = sorted(pairs.keys() ^ banks.keys())
     if other:
@@ -193,7 +98,7 @@ def _check_pairs(
             raise ConfigError(f"{folder}: {key!r} holds numbers that are not finite")
 
 
-def _write(bank: ExpertBank, expert: int, pair: _Pair) -> None:
+def _write(bank: ExpertBank, expert: int, pair: ScaledPair) -> None:
     start, rank = sum(bank.size.all_ranks[:expert]), pair.a.shape[0]
     a, b = bank.factor("lora_A").weight, bank.factor("lora_B").weight
     with torch.no_grad():

@@ -91,6 +91,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(at, tmp_path):
     assert all(path.name.startswith(".") for path in out.parent.iterdir())
     upcycle(folder, out, 2, 1)
     load_strictly(out)
+    assert [path.name for path in out.parent.iterdir()] == ["moe"]
 
 
 def test_the_folder_has_the_permissions_of_the_user(tmp_path):

@@ -1,14 +1,21 @@
 """An upcycled checkpoint goes into TRL with an ordinary LoRA, tokenizer included."""
 
+import json
+import re
+
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from moeadapt.export.upcycle import upcycle
 from moeadapt.export.verify import load_strictly
+from moeadapt.training.plan import plan_recipe
+from moeadapt.training.recipe import parse_recipe
+from moeadapt.training.run import run
 from tests.export.bases import base
 from tests.toy import sentences, toy_text, toy_tokenizer
 
@@ -58,6 +65,56 @@ def test_two_steps_of_trl_change_attention_router_and_experts(name, tmp_path):
             if part in tensor and "lora_B" in tensor:
                 parts[part] = max(parts[part], float((after[tensor].detach() - old).abs().max()))
     assert min(parts.values()) > 0, parts
+
+
+RECIPE = """
+model_name_or_path: {base}
+dataset_name: {data}
+output_dir: {out}
+dtype: float32
+max_steps: 2
+learning_rate: 0.01
+per_device_train_batch_size: 4
+use_cpu: true
+bf16: false
+gradient_checkpointing: false
+report_to: none
+lora:
+  r: 2
+  target_modules: all-linear
+"""
+
+
+ROUTER = r"\.(gate|router|gate\.wg)\.lora"
+TRAINED = [
+    "llama", "llama, attention biases", "qwen2", "qwen3", "olmo2", "granite", "ernie4_5", "cohere2",
+    "hunyuan",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_recipe_with_a_plain_lora_trains_attention_router_and_experts(name, tmp_path):
+    moe, out = tmp_path / "moe", tmp_path / "run"
+    upcycle(folder_of(name, tmp_path / "base"), moe, 3, 2, noise=0.1, gate_std=0.5)
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(8)))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(base=moe, data=data, out=out))
+    parsed = parse_recipe("sft", str(recipe))
+    plan = plan_recipe(parsed)
+    assert plan.targets == 2 * (4 + 3)  # per layer: attention, router, and two stacks of experts
+    assert plan.routers == 0
+    run(parsed)
+    trained = load_file(out / "adapter_model.safetensors")
+    for part, count in (("q_proj", 2), (".experts.", 4), (ROUTER, 2)):
+        moved = [t.abs().max() for n, t in trained.items() if re.search(part, n) and "lora_B" in n]
+        assert len(moved) == count, part
+        assert min(moved) > 0, part
+    loaded = PeftModel.from_pretrained(load_strictly(moe), out)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), loaded.disable_adapter():
+        before = loaded(input_ids=ids).logits
+    assert (loaded(input_ids=ids).logits - before).abs().max() > 1e-4
 
 
 def test_gates_take_texts_where_the_base_has_a_tokenizer(tmp_path):

@@ -134,3 +134,16 @@ def test_everything_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeyp
     assert steps == [
         "config.json", "model.safetensors", writer.folder.name, "rename", tmp_path.name,
     ]  # fmt: skip
+
+
+def test_a_run_in_progress_is_left_alone_and_a_dead_one_is_removed(tmp_path):
+    dead = tmp_path / ".out.partial-dead"
+    dead.mkdir()
+    other = tmp_path / ".out2.partial-dead"
+    other.mkdir()
+    with CheckpointWriter(tmp_path / "out", PLAN) as first:
+        assert not dead.exists()
+        with CheckpointWriter(tmp_path / "out", PLAN) as second:
+            assert first.folder.exists()
+            assert second.folder.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [other.name]

@@ -111,6 +111,19 @@ def test_dropping_leaves_the_others_as_they_were(tmp_path, kind):
     assert result.after.mean != result.before.mean
 
 
+@pytest.mark.parametrize("experts", ["shared_a", "shared_b", "heterogeneous"])
+def test_dropping_from_every_expert_type_leaves_the_others_as_they_were(tmp_path, experts):
+    spec = {"name": experts, "ranks": [1, 4, 2, 3]} if experts == "heterogeneous" else experts
+    model = mixture(experts=spec)
+    result = surgery.drop_experts(model, [1])
+    new = adapter_layers(result.model)
+    for key, layer in adapter_layers(model).items():
+        kept = [deltas(layer)[e] for e in (0, 2, 3, 4)]
+        assert all(map(torch.equal, kept, deltas(new[key])))
+    loaded = reloaded(result.model, tmp_path)
+    assert torch.equal(logits(loaded, batch()), logits(result.model, batch()))
+
+
 def test_dropping_by_usage_drops_what_is_used_least():
     model = mixture()
     result = surgery.drop_experts(model, count=2, data=batches())

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForSequenceClassification
 
 from moeadapt.errors import ConfigError
 from moeadapt.training.objectives import OBJECTIVES
 from moeadapt.training.plan import plan_model
-from moeadapt.training.recipe import parse_recipe
+from moeadapt.training.recipe import parse_recipe, parse_script
 from moeadapt.tuner import MoeLoraLinear
 from tests.tiny import tiny
 
@@ -40,8 +41,10 @@ def test_a_recipe_builds_on_a_model_of_its_architecture(path):
         model = AutoModelForSequenceClassification.from_config(config)
     targets = recipe.adapter.target_modules
     adapted = get_peft_model(model, recipe.adapter)
-    layers = [m for m in adapted.modules() if isinstance(m, MoeLoraLinear)]
-    assert len(layers) == 2 * (7 if targets == "all-linear" else len(targets))
+    layers = [m for m in adapted.modules() if isinstance(m, BaseTunerLayer)]
+    assert {isinstance(layer, MoeLoraLinear) for layer in layers} == {recipe.is_mixture}
+    linears = 5 if getattr(recipe.adapter, "placement", None) == "glu" else 7
+    assert len(layers) == 2 * (linears if targets == "all-linear" else len(targets))
 
 
 @recipes
@@ -150,3 +153,37 @@ def test_the_plan_counts_what_training_would_train():
     banks = [m.moe_banks["default"] for m in routed]
     weights = sum(b.factor(n).weight.numel() for b in banks for n in b.factor_names)
     assert plan.trainable - plan.active == weights // 2
+
+
+LORA = ["--model_name_or_path", "x", "--output_dir", "unused", *CPU]
+
+
+def test_a_plain_lora_has_the_settings_of_peft():
+    recipe = parse_recipe("sft", None, [*LORA, "--lora.r", "4", "--lora.use_rslora", "true"])
+    assert isinstance(recipe.adapter, LoraConfig)
+    assert not recipe.is_mixture
+    assert (recipe.adapter.r, recipe.adapter.use_rslora) == (4, True)
+    assert recipe.adapter.task_type == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora.r", "4", "--moe.r", "4"], "exclude each other"),
+        (["--lora.rang", "4"], "unknown setting 'rang'"),
+        (["--lora", "4"], "must be a mapping"),
+        (["--lora.task_type", "SEQ_CLS"], "leave it out"),
+        (["--lora.r", "4", "--router_learning_rate", "1e-3"], "no routers of its own"),
+        (["--lora.layers_pattern", "h"], "lora: "),
+    ],
+)
+def test_mistakes_in_a_plain_lora_are_refused(flags, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_recipe("sft", None, [*LORA, *flags])
+
+
+def test_a_script_of_the_mixture_refuses_a_plain_lora(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_script("sft", [*LORA, "--lora.r", "4"])
+    assert stop.value.code == 2
+    assert "moeadapt train sft" in capsys.readouterr().err

@@ -40,6 +40,10 @@ class GraniteMoe(Target):
             "attention_bias": getattr(self.dense, "attention_bias", False),
         }
 
+    def json_fields(self) -> dict[str, Any]:
+        """See `Target.json_fields`; TRL reads the name that other classes use."""
+        return {"num_experts": self.shape.num_experts}
+
     def expert(self, layer: int, expert: int) -> Glu[Slot]:
         """See `Target.expert`; gate and up of all experts lie in one tensor, down in another."""
         experts, m, d = self.shape.num_experts, self.shape.expert_width, self.dense.hidden_size
