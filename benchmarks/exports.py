@@ -10,13 +10,13 @@ those of the receipts, which load the written checkpoint as a stock class and ru
 
 import argparse
 import csv
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from placements import device_name
 
 import moeadapt
 from moeadapt.errors import UnsupportedError
@@ -72,9 +72,9 @@ def row_of(work: str, name: str, target: str, receipt: Receipt) -> dict[str, Any
         "bytes": receipt.bytes_on_disk,
         "base_bytes": receipt.base_bytes,
         **{engine: verdicts.get(engine, "") for engine in ENGINES},
-        "device": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "device": device_name("cpu"),
+        "torch_version": torch.__version__,
+        "transformers_version": transformers.__version__,
     }
 
 
