@@ -1,5 +1,9 @@
 """Small runs of TRL's trainers, shared by the tests of this folder."""
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,3 +159,31 @@ def assert_same_gradients(mine: GradientProbe, theirs: GradientProbe, **toleranc
                 msg=lambda m, n=name, s=step: f"step {s} {n}: {m}",
                 **tolerance,
             )
+
+
+def run_two(module: str, folder: Path) -> None:
+    """Run `python -m module folder` in two processes of one gloo world, and wait for both."""
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", module, str(folder)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=180)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

@@ -1,8 +1,5 @@
 """A trainer follows the schedule: values, frozen routers, warm-up, selection biases, resuming."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,15 @@ from moeadapt.tuner.inspect import heads_of
 from tests.tiny import KINDS, adapted, batch, labels_of, moe_config
 from tests.toy import toy_text
 from tests.training import schedule_worker
-from tests.training.kit import MLP, GradientProbe, make_trainer, moe, parameters, routers_of
-from tests.training.test_two_processes import free_port
+from tests.training.kit import (
+    MLP,
+    GradientProbe,
+    make_trainer,
+    moe,
+    parameters,
+    routers_of,
+    run_two,
+)
 
 both = pytest.mark.parametrize("stock", [False, True])
 
@@ -322,25 +326,7 @@ def test_mixin_and_callback_together_follow_a_step_once(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run the worker in two processes and return what they wrote."""
     folder = tmp_path_factory.mktemp("two")
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.training.schedule_worker", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=180)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    run_two("tests.training.schedule_worker", folder)
     return folder
 
 
