@@ -25,7 +25,7 @@ demo: install
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
-	$(BIN)/python -m pytest -q -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu"
 
 lint: install
 	$(BIN)/ruff check .
