@@ -41,6 +41,18 @@ def load_adapter(folder: str, base: str | None, dtype: str) -> tuple[Any, Any]:
     return mixture.eval(), tokenizer
 
 
+def read_config(folder: str) -> Any:
+    """Read the `MoeLoraConfig` of a saved mixture, without its weights and its base.
+
+    Raises:
+        ConfigError: `folder` holds no moeadapt adapter, or its settings are wrong.
+    """
+    _settings(Path(folder))
+    from moeadapt.tuner.config import MoeLoraConfig
+
+    return MoeLoraConfig.from_pretrained(folder)
+
+
 def _settings(folder: Path) -> dict[str, Any]:
     paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
     missing = [path.name for path in paths if not path.is_file()]
@@ -61,39 +73,78 @@ def _settings(folder: Path) -> dict[str, Any]:
 def read_rows(path: str) -> list[dict[str, Any]]:
     """Read a .jsonl file of rows with `text`, `prompt` and `completion`, or `messages`.
 
+    All but `messages` (a list of `{"role": ..., "content": ...}`) are strings, also `domain`, which
+    a row may have.
+
     Raises:
-        ConfigError: the file cannot be read, or a row has other columns.
+        ConfigError: the file cannot be read or is not UTF-8, or a row is no JSON, has other
+            columns, or values of another type; names the line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        data = Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(data.split(b"\n"), 1):
+        where = f"{path}:{number}"
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(f"{path}:{number}: not JSON: {error}") from None
-        wanted = (("text",), ("prompt", "completion"), ("messages",))
-        if not isinstance(row, dict) or not any(set(names) <= row.keys() for names in wanted):
+            text = line.decode("utf-8")
+            if not text.strip():
+                continue
+            row = json.loads(text)
+        except UnicodeDecodeError as error:
             raise ConfigError(
-                f"{path}:{number}: a row has text, or prompt and completion, or messages; and "
-                "maybe domain"
-            )
+                f"{where}: byte {error.start + 1} is not UTF-8 ({error.reason}); save it as UTF-8"
+            ) from None
+        except ValueError as error:
+            raise ConfigError(f"{where}: not JSON: {error}") from None
+        _check_row(row, where)
         rows.append(row)
     if not rows:
         raise ConfigError(f"{path} has no rows")
     return rows
 
 
+def _check_row(row: Any, where: str) -> None:
+    wanted = (("text",), ("prompt", "completion"), ("messages",))
+    if not isinstance(row, dict) or not any(set(names) <= row.keys() for names in wanted):
+        raise ConfigError(
+            f"{where}: a row has text, or prompt and completion, or messages; and maybe domain"
+        )
+    for name in ("text", "prompt", "completion", "domain"):
+        if name in row and not isinstance(row[name], str):
+            raise ConfigError(
+                f"{where}: {name} is a {type(row[name]).__name__}, not a string; conversations go "
+                "into messages"
+            )
+    messages = row.get("messages", [{"role": "", "content": ""}])
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise ConfigError(
+            f'{where}: messages is a list of one or more {{"role": string, "content": string}}'
+        )
+
+
+def _is_message(one: Any) -> bool:
+    return isinstance(one, dict) and all(
+        isinstance(one.get(name), str) for name in ("role", "content")
+    )
+
+
 def to_batches(
     rows: list[dict[str, Any]], tokenizer: Any, *, max_length: int, batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """Tokenise rows; the loss is on completions alone where rows have prompts."""
+    """Tokenise rows; the loss is on completions alone where rows have prompts.
+
+    Raises:
+        ConfigError: there are messages, and the tokenizer has no chat template.
+    """
     import torch
 
+    if any("messages" in row for row in rows) and not tokenizer.chat_template:
+        raise ConfigError(
+            "rows have messages, and the tokenizer of the base has no chat template; give text, or "
+            "prompt and completion"
+        )
     batches = []
     for start in range(0, len(rows), batch_size):
         own = rows[start : start + batch_size]

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, load_adapter
+from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, load_adapter, read_config
 from moeadapt.cli.outcome import reports_errors
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -37,18 +37,21 @@ def export(
         None, help="A text file, each line a text to compare on; default: random tokens."
     ),
     untie: bool = typer.Option(False, help="Write a shared output head as its own tensor."),
+    verify: bool = typer.Option(True, help="Load the result and compare it with the adapter."),
     base: str | None = typer.Option(None, help=BASE_HELP),
     max_shard_mb: int = typer.Option(5000, help="Largest file, in 10^6 bytes."),
     as_json: bool = typer.Option(False, "--json", help="Print the receipt as JSON."),
 ) -> None:
     """Write a mixture and its base as one checkpoint that loads without moeadapt, and check it."""
     from moeadapt.errors import ConfigError
-    from moeadapt.export.writer import check_place
+    from moeadapt.export.refusals import check_settings
+    from moeadapt.hidden_folder import check_folder
 
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype!r}: one of {list(DTYPES)}")
     lines = None if probe is None else _lines(probe)
-    check_place(Path(out).absolute(), 0)
+    check_folder(out)
+    check_settings(read_config(adapter))
     # In float32 also the base runs so: a base in less could not show a difference of 1e-4.
     model, tokenizer = load_adapter(adapter, base, "float32" if dtype == "float32" else "auto")
 
@@ -65,6 +68,7 @@ def export(
         None if lines is None else [tokenizer(line)["input_ids"] for line in lines],
         tolerance,
         untie=untie,
+        verify=verify,
         tokenizer=tokenizer,
         max_shard_bytes=max_shard_mb * 10**6,
     )

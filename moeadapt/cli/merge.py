@@ -1,6 +1,7 @@
 """`moeadapt merge ADAPTER --method ... --out DIR`: one ordinary LoRA in place of a mixture."""
 
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import typer
@@ -14,9 +15,21 @@ from moeadapt.cli.adapters import (
     to_batches,
 )
 from moeadapt.cli.outcome import reports_errors
+from moeadapt.errors import ConfigError
 
 HELD_OUT = 5
 """Every so many rows of the data, one is held out for the losses."""
+
+DEFAULT_MAX_LENGTH = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Training:
+    """How `distill` trains: optimizer steps, learning rate, tokens of a row."""
+
+    steps: int
+    learning_rate: float
+    max_length: int
 
 
 def add_to(app: typer.Typer) -> None:
@@ -42,9 +55,13 @@ def merge(
     rank: int | None = typer.Option(None, help="Largest rank; default: all experts together."),
     base: str | None = typer.Option(None, help=BASE_HELP),
     dtype: str = typer.Option("auto", help=DTYPE_HELP),
-    max_length: int = typer.Option(1024, min=2, help="Tokens of a row, the rest is cut."),
-    steps: int = typer.Option(200, min=1, help="For distill: optimizer steps."),
-    learning_rate: float = typer.Option(2e-4, help="For distill."),
+    max_length: int | None = typer.Option(
+        None, min=2, help="Tokens of a row, the rest is cut; default: 1024."
+    ),
+    steps: int | None = typer.Option(
+        None, min=1, help="For distill: optimizer steps; default: 200."
+    ),
+    learning_rate: float | None = typer.Option(None, help="For distill; default: 2e-4."),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable results."),
 ) -> None:
     """Make one ordinary PEFT LoRA adapter of a mixture, and say what it keeps.
@@ -52,13 +69,21 @@ def merge(
     No LoRA equals a mixture whose routing depends on the input. With --data the residual of each
     method and the held-out losses with the mixture, with the LoRA and without either are printed.
     """
-    from moeadapt.errors import ConfigError
-    from moeadapt.export.merge_methods import MERGES
-    from moeadapt.tuner.plain import check_folder
+    from moeadapt.hidden_folder import check_folder
 
-    if data is None and (method == "distill" or MERGES[method].needs_data):
-        raise ConfigError(f"--method {method} needs --data")
+    _check(
+        method,
+        data,
+        **{
+            "--expert": expert,
+            "--steps": steps,
+            "--learning-rate": learning_rate,
+            "--held-out": held_out,
+            "--max-length": max_length,
+        },
+    )
     check_folder(out)
+    max_length = max_length or DEFAULT_MAX_LENGTH
     rows = None if data is None else read_rows(data)
     others = None if held_out is None else read_rows(held_out)
     model, tokenizer = load_adapter(adapter, base, dtype)
@@ -68,9 +93,12 @@ def merge(
     batches = None if rows is None else to_batches(rows, tokenizer, max_length=max_length)
     held = None if others is None else to_batches(others, tokenizer, max_length=max_length)
     if method == "distill":
-        result = _distill(
-            model, tokenizer, rows or [], held, out, rank, steps, learning_rate, max_length
+        training = _Training(
+            steps=200 if steps is None else steps,
+            learning_rate=2e-4 if learning_rate is None else learning_rate,
+            max_length=max_length,
         )
+        result = _distill(model, tokenizer, rows or [], training, out=out, rank=rank, held_out=held)
     else:
         from moeadapt.export.merge import merge as run
 
@@ -81,16 +109,32 @@ def merge(
         _print(result.to_dict())
 
 
+def _check(method: str, data: str | None, **given: Any) -> None:
+    """Refuse an unknown method, missing data, and options that the method would not look at."""
+    from moeadapt.export.merge_methods import MERGES
+
+    distills = method == "distill"
+    if data is None and (distills or MERGES[method].needs_data):
+        raise ConfigError(f"--method {method} needs --data")
+    if not distills:
+        MERGES[method]
+    owners = {"--expert": "single", "--steps": "distill", "--learning-rate": "distill"}
+    for option, owner in owners.items():
+        if given[option] is not None and method != owner:
+            raise ConfigError(f"{option} belongs to --method {owner}, not {method}; leave it out")
+    if given["--max-length"] is not None and data is None and given["--held-out"] is None:
+        raise ConfigError("--max-length cuts rows, and there are none; give --data, or leave it")
+
+
 def _distill(
     model: Any,
     tokenizer: Any,
     rows: list[dict[str, Any]],
-    held_out: Any,
+    training: _Training,
+    *,
     out: str,
     rank: int | None,
-    steps: int,
-    learning_rate: float,
-    max_length: int,
+    held_out: Any,
 ) -> Any:
     import tempfile
 
@@ -101,13 +145,19 @@ def _distill(
     from moeadapt.training.distill import distill
 
     plain = [{k: v for k, v in row.items() if k != "domain"} for row in rows]
+    columns = sorted({tuple(sorted(row)) for row in plain})
+    if len(columns) > 1:
+        raise ConfigError(
+            f"--method distill trains on rows of one form, and --data has {columns[:3]}; give all "
+            "rows the same columns (domain is free)"
+        )
     with tempfile.TemporaryDirectory() as scratch:
         args = trl.SFTConfig(
             output_dir=scratch,
-            max_steps=steps,
-            learning_rate=learning_rate,
-            max_length=max_length,
-            logging_steps=max(steps // 10, 1),
+            max_steps=training.steps,
+            learning_rate=training.learning_rate,
+            max_length=training.max_length,
+            logging_steps=max(training.steps // 10, 1),
             save_strategy="no",
             report_to="none",
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
@@ -149,4 +199,9 @@ def _print(found: dict[str, Any]) -> None:
             values = [found["losses"][name]["by_domain"][domain] for name in names]
             table.add_row(domain, *(f"{value:.4f}" for value in values))
         console.print(table)
+    if "divergence" in found:
+        held = "held-out rows" if found["held_out"] else "training rows"
+        console.print(
+            f"divergence from the mixture: {found['divergence']:.4f} nats per token, {held}"
+        )
     console.print(f"wrote {found['out_dir']}")

@@ -23,7 +23,7 @@ def split(
 ) -> None:
     """Write every expert as an ordinary PEFT LoRA adapter, and what is always on as one more."""
     from moeadapt.export.split import split as run
-    from moeadapt.tuner.plain import check_folder
+    from moeadapt.hidden_folder import check_folder
 
     check_folder(out)
     model, _ = load_adapter(adapter, base, dtype)

@@ -1,7 +1,7 @@
-"""`moeadapt upcycle <base> <out>`: a dense checkpoint as a stock mixture of experts."""
+"""`moeadapt upcycle BASE --out DIR`: a dense checkpoint as a stock mixture of experts."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,7 +18,7 @@ def add_to(app: typer.Typer) -> None:
 @reports_errors
 def upcycle(
     base: str = typer.Argument(help="Folder of the dense checkpoint, or embedded:smollm2-135m."),
-    out: str = typer.Argument(help="Folder to write; new or empty."),
+    out: str = typer.Option(..., help="Folder to write, new or empty."),
     num_experts: int | None = typer.Option(
         None, help="Copies of each FFN; the number of sources if there are any."
     ),
@@ -35,13 +35,25 @@ def upcycle(
     granularity: int = typer.Option(1, help="Experts that each copy is cut into."),
     gate_init: str = typer.Option("random", help="random, hidden or kmeans."),
     gate_texts: str | None = typer.Option(
-        None, help="JSON file: for kmeans a list of texts, for hidden a list of lists."
+        None,
+        help="JSON file: for kmeans a list of texts, for hidden one such list per copy; a text is "
+        "a string or a list of token ids.",
     ),
-    engine: Annotated[list[str] | None, typer.Option(help="Where it must run; repeat.")] = None,
+    gate_std: float | None = typer.Option(
+        None, help="Deviation of random router rows; default: 0.02."
+    ),
+    norm_topk: bool = typer.Option(True, help="Whether a token's weights sum to 1."),
+    engines: Annotated[
+        list[str] | None,
+        typer.Option(help="Where it must run: transformers, vllm, sglang, llama.cpp; repeat."),
+    ] = None,
     untie: bool = typer.Option(False, help="Write a shared output head as its own tensor."),
     dtype: str | None = typer.Option(None, help="float32, bfloat16 or float16; as the base."),
     seed: int = typer.Option(0, help="Of everything random."),
     verify: bool = typer.Option(True, help="Load the result and compare it with the base."),
+    tolerance: float | None = typer.Option(
+        None, help="Largest logit difference of copies; default: 1e-4 (1e-5 of logits above 10)."
+    ),
     max_shard_mb: int = typer.Option(5000, help="Largest file, in 10^6 bytes."),
     as_json: bool = typer.Option(False, "--json", help="Print the receipt as JSON."),
 ) -> None:
@@ -52,7 +64,7 @@ def upcycle(
     from moeadapt.export.upcycle import upcycle as write
 
     if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype!r}: one of {list(DTYPES)}")
+        raise ConfigError(f"--dtype {dtype!r}: one of {list(DTYPES)}")
     receipt = write(
         base,
         out,
@@ -65,17 +77,20 @@ def upcycle(
         granularity=granularity,
         gate_init=gate_init,
         gate_texts=_texts(gate_texts),
-        engines=engine or (),
+        gate_std=gate_std,
+        norm_topk=norm_topk,
+        engines=engines or (),
         untie=untie,
         dtype=None if dtype is None else getattr(torch, dtype),
         seed=seed,
         verify=verify,
+        tolerance=tolerance,
         max_shard_bytes=max_shard_mb * 10**6,
     )
     typer.echo(json.dumps(receipt.to_dict(), indent=2) if as_json else receipt.text())
 
 
-def _texts(path: str | None) -> list[str] | list[list[str]] | None:
+def _texts(path: str | None) -> list[Any] | None:
     from moeadapt.errors import ConfigError
 
     if path is None:
@@ -84,9 +99,7 @@ def _texts(path: str | None) -> list[str] | list[list[str]] | None:
         with open(path, encoding="utf-8") as file:
             texts = json.load(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"gate_texts {path}: {error}") from error
-    groups = texts if isinstance(texts, list) else [None]
-    flat = [text for group in groups for text in (group if isinstance(group, list) else [group])]
-    if not flat or not all(isinstance(text, str) for text in flat):
-        raise ConfigError(f"gate_texts {path}: a list of texts, or a list of lists of texts")
+        raise ConfigError(f"--gate-texts {path}: {error}") from error
+    if not isinstance(texts, list):
+        raise ConfigError(f"--gate-texts {path} holds no list; write one in [ ]")
     return texts

@@ -63,11 +63,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
         ConfigError: the checkpoint at the end would have no room below `out`.
         ExportError: the checkpoint is not the adapter.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    _quiet()
     _keep_freed_memory()
     # A file is wide enough for the table; a terminal decides for itself.
     console = Console(quiet=as_json, width=None if sys.stdout.isatty() else 120)
@@ -101,7 +97,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     best = min((a for a in arms if a.is_mixture), key=lambda a: Mean.of(scores[a.name]).value)
     after = _generate(models[best.name], tokenizer, test)
     _show_answers(console, best.name, test, before, after)
-    ffn = next(a for a in arms if a.is_mixture and a.config.placement == "ffn")  # type: ignore[attr-defined]
+    ffn = next(arm for arm in arms if getattr(arm.config, "placement", None) == "ffn")
     console.print(f"{ffn.name}: writing and checking a stock {TARGET} checkpoint")
     receipt = export_stock(models[ffn.name], checkpoint, tokenizer, _one_per_task(test))
     results["export"] = receipt.to_dict()
@@ -112,6 +108,15 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     if as_json:
         print(json.dumps(results, indent=2))
     return results
+
+
+def _quiet() -> None:
+    """Leave the screen to the demo's own bars and tables."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # between TRL and transformers
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _keep_freed_memory() -> None:

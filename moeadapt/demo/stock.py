@@ -6,7 +6,7 @@ from typing import Any
 
 from moeadapt.export.export import export
 from moeadapt.export.receipt import RECEIPT, Receipt
-from moeadapt.export.writer import check_place
+from moeadapt.hidden_folder import check_folder
 
 TARGET = "mixtral"
 BYTES = 1_600_000_000
@@ -22,7 +22,7 @@ def make_room(folder: Path) -> Path:
     place = (folder / TARGET).absolute()
     if (place / RECEIPT).is_file():
         shutil.rmtree(place)
-    check_place(place, BYTES)
+    check_folder(place, BYTES)
     return place
 
 

@@ -71,4 +71,38 @@ def open_variant(base: Source, folder: str | Path) -> Source:
             f"{folder} is not a fine-tuned copy of the base: {len(other)} tensors differ in name "
             f"or shape, first {other[:3]}"
         )
+    _check_config(base, source, folder)
     return source
+
+
+BOOKKEEPING = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "max_position_embeddings",
+        "pad_token_id",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Settings that do not change what a forward in eval mode computes."""
+
+
+def _check_config(base: Source, source: Source, folder: Path) -> None:
+    ours, theirs = (s.config.to_dict() for s in (base, source))
+    other = sorted(
+        name
+        for name in (ours.keys() | theirs.keys()) - BOOKKEEPING
+        if ours.get(name) != theirs.get(name)
+    )
+    if other:
+        shown = ", ".join(f"{n}={theirs.get(n)!r} (base {ours.get(n)!r})" for n in other[:3])
+        raise ConfigError(
+            f"{folder} computes otherwise than the base: {shown}; experts of one mixture share "
+            "every setting, so take the copy with those settings as the base, or leave it out"
+        )

@@ -1,6 +1,6 @@
 """Whether a written checkpoint chooses the experts that the adapter chose, layer by layer.
 
-Letters: T tokens of a text, A of all, D hidden width, E experts, K experts per token.
+Letters: T tokens of a text, A of all, W experts on disk, K experts per token.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,62 +8,75 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
-from moeadapt.export.mixture import Mixture
+from moeadapt.errors import ExportError
+from moeadapt.export.refusals import layer_of
+from moeadapt.routing import Routing
 
-Inputs = dict[int, list[Tensor]]
-"""Layer -> what was read, [T, D] for each text."""
+Choices = dict[int, Bool[Tensor, "A W"]]
+"""Layer -> the experts that each token uses."""
 
 
 @contextmanager
-def watched(modules: Mapping[int, nn.Module]) -> Iterator[Inputs]:
-    """Yield what each layer's module read, text by text, while the context is open."""
-    seen: Inputs = {layer: [] for layer in modules}
+def watched(model: nn.Module, layers: Sequence[int], width: int) -> Iterator[Choices]:
+    """Yield what a stock model's own routers choose; filled when the context closes.
+
+    Every mixture class of transformers calls its experts with the token's hidden state, the chosen
+    experts and their weights, whatever computed those.
+
+    Args:
+        model: a stock mixture.
+        layers: its layers with a mixture.
+        width: W.
+
+    Raises:
+        ExportError: a layer has no module of experts.
+    """
+    seen: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    choices: Choices = {}
 
     def keep(layer: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            seen[layer].append(args[0].detach().double().flatten(0, -2).cpu())
+            index = args[1].detach().cpu().flatten(0, -2)
+            chosen = torch.zeros(len(index), width, dtype=torch.bool)
+            seen[layer].append(chosen.scatter(1, index, value=True))
 
         return hook
 
-    handles = [m.register_forward_pre_hook(keep(layer)) for layer, m in modules.items()]
+    handles = [_experts(model, i).register_forward_pre_hook(keep(i)) for i in layers]
     try:
-        yield seen
+        yield choices
+        choices.update({layer: torch.cat(found) for layer, found in seen.items()})
     finally:
         for handle in handles:
             handle.remove()
 
 
-def stock_gates(model: nn.Module, layers: Sequence[int], rows: int) -> dict[int, nn.Module]:
-    """Return the module that holds each layer's gate of `rows` rows, in a stock model."""
-    found = {}
-    for layer in layers:
-        block = model.get_submodule(f"model.layers.{layer}")
-        for name, parameter in block.named_parameters():
-            path = name.rpartition(".")[0]
-            if ("gate" in path or "router" in path) and parameter.shape[:1] == (rows,):
-                found[layer] = block.get_submodule(path)
-                break
-    return found
+def _experts(model: nn.Module, layer: int) -> nn.Module:
+    block = model.get_submodule(f"model.layers.{layer}")
+    for name, module in block.named_modules():
+        if name.rpartition(".")[2] == "experts":
+            return module
+    raise ExportError(f"layer {layer} of {type(model).__name__} has no module of experts")
 
 
-def chosen(mixture: Mixture, layer: int, inputs: Sequence[Tensor]) -> Float[Tensor, "A E"]:
-    """Mark the experts that the router of `layer` chooses for what it read."""
-    scores = torch.cat(list(inputs)) @ mixture.gate(layer).double().T
-    bias = mixture.selection_bias(layer)
-    if bias is not None:
-        weights = scores.sigmoid() if mixture.rule.scoring == "sigmoid" else scores.softmax(-1)
-        scores = weights + bias
-    best = scores.topk(mixture.rule.top_k, dim=-1).indices
-    return torch.zeros_like(scores).scatter(-1, best, 1.0)
+def choices_of(routings: Mapping[str, Sequence[Routing]], width: int) -> Choices:
+    """Return what the routers of an adapter chose: experts with a weight above 0.
+
+    Args:
+        routings: what `collect_routing` found.
+        width: W; null experts that are not written come after them.
+    """
+    return {
+        layer_of(path): torch.cat([r.weights[:, :width].cpu() > 0 for r in found])
+        for path, found in routings.items()
+    }
 
 
-def agreement(mixture: Mixture, ours: Inputs, theirs: Inputs) -> tuple[float, ...]:
-    """Return per layer the share of chosen experts in common."""
-    shares = []
-    for layer in mixture.moe_layers:
-        a, b = (chosen(mixture, layer, seen[layer]) for seen in (ours, theirs))
-        shares.append(float((a * b).sum() / a.sum()))
-    return tuple(shares)
+def agreement(ours: Choices, theirs: Choices) -> tuple[float, ...]:
+    """Return per layer the share of the adapter's chosen experts that the checkpoint chose too."""
+    return tuple(
+        float((ours[layer] & theirs[layer]).sum() / ours[layer].sum()) for layer in sorted(ours)
+    )

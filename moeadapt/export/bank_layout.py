@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeadapt.errors import UnsupportedError
+from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.experts import EXPERTS, ExpertBank
 from moeadapt.experts.heterogeneous import HeterogeneousBank
 from moeadapt.experts.lora import LoraBank
@@ -33,13 +33,20 @@ EXPERT_AXES: Mapping[type[ExpertBank], Axes] = {
 
 
 def check_linear(layers: Mapping[str, MoeLoraLinear], adapter: str) -> None:
-    """Refuse experts that are no matrix beside an unchanged linear.
+    """Refuse experts that are no matrix beside an unchanged linear, or not finite.
 
     Raises:
         UnsupportedError: says which experts, why, and what works instead.
+        ConfigError: a factor holds NaN or infinity.
     """
     for key, layer in layers.items():
         bank = layer.moe_banks[adapter]
+        for name in bank.factor_names:
+            if not torch.isfinite(bank.factor(name).weight).all():
+                raise ConfigError(
+                    f"{name} of {key!r} holds NaN or infinity: training diverged, or the file is "
+                    "damaged; go back to an earlier checkpoint"
+                )
         if type(bank) not in EXPERT_AXES or not bank.linear:
             name = next(n for n, c in EXPERTS.items() if c is type(bank.config))
             raise UnsupportedError(

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import PretrainedConfig
 
 T = TypeVar("T")
@@ -117,3 +119,22 @@ def copies(config: PretrainedConfig, name: str) -> tuple[Copy, ...]:
         ends = {"q": (0, q), "k": (q, q + kv), "v": (q + kv, q + 2 * kv)}
         return tuple(Copy(name.replace("qkv_proj", f"{n}_proj"), r) for n, r in ends.items())
     return (Copy(name),)
+
+
+STRIDE = 8
+"""Widths of experts are multiples: grouped kernels want 16 bytes, which is 8 bfloat16."""
+
+
+def whole_strides(width: int) -> int:
+    """Return the smallest width of an expert that holds `width` hidden units."""
+    return -(-width // STRIDE) * STRIDE
+
+
+def filled(ffn: Glu[Tensor], width: int) -> Glu[Tensor]:
+    """Return the same FFN with hidden units that do nothing, `width` in all."""
+    more = width - ffn.gate.shape[0]
+    if not more:
+        return ffn
+    return Glu(
+        F.pad(ffn.gate, (0, 0, 0, more)), F.pad(ffn.up, (0, 0, 0, more)), F.pad(ffn.down, (0, more))
+    )

@@ -14,22 +14,19 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from moeadapt.errors import ConfigError, ExportError
-from moeadapt.export.agreement import agreement, stock_gates, watched
+from moeadapt.errors import ConfigError
 from moeadapt.export.choice import BIASES, choose_target
 from moeadapt.export.engines import Verdict
 from moeadapt.export.mixture import Mixture
+from moeadapt.export.parity import Checked, check_parity
 from moeadapt.export.progress import byte_progress
-from moeadapt.export.receipt import RECEIPT, Measured, Receipt, compare
+from moeadapt.export.receipt import RECEIPT, Receipt, bytes_by_dtype, bytes_of
 from moeadapt.export.refusals import active_adapter
 from moeadapt.export.shards import DTYPE_NAMES, common_dtype, plan
 from moeadapt.export.targets import Target
-from moeadapt.export.verify import load_strictly, logits_of, probe_ids
+from moeadapt.export.verify import probe_ids
 from moeadapt.export.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 from moeadapt.routers import ROUTERS
-
-IMPLEMENTATIONS = ("eager", "grouped_mm")
-"""How transformers runs experts; both are compared."""
 
 
 def export(
@@ -42,6 +39,7 @@ def export(
     tolerance: float | None = None,
     *,
     untie: bool = False,
+    verify: bool = True,
     tokenizer: Any = None,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> Receipt:
@@ -57,6 +55,7 @@ def export(
         tolerance: largest allowed logit difference; None: 1e-4, or 1e-5 of the largest logit if
             that is more, where base and checkpoint are float32, and no promise otherwise.
         untie: write the output head as its own tensor where the base shares it.
+        verify: load the result on the base's device and compare; needs room for both models.
         tokenizer: is saved along; without it, the files of a base that is a local folder.
         max_shard_bytes: largest file, unless one tensor is larger.
 
@@ -72,6 +71,8 @@ def export(
     Example:
         >>> moeadapt.export(model, "my-mixtral", engines=["transformers", "vllm"])
     """
+    if not verify and (probe is not None or tolerance is not None):
+        raise ConfigError("probe and tolerance say how to compare, and verify=False does not")
     adapter = active_adapter(model)
     mode = model.training
     model.eval()
@@ -86,18 +87,10 @@ def export(
                     progress.add(count)
             _write_files(model, mixture, chosen, writer, tensors, tokenizer)
             writer.complete()
-            measured = _measure(model, mixture, writer.folder, ids)
-            lowest = min((t.dtype for t in tensors), key=lambda kind: torch.finfo(kind).bits)
-            worst = max(measured.values(), key=lambda m: m.max_logit_difference)
-            allowed = _allowed(tolerance, lowest, worst)
-            if allowed is not None and not worst.max_logit_difference <= allowed:
-                raise ExportError(
-                    "the checkpoint is not the adapter: logits differ by "
-                    f"{worst.max_logit_difference:.1e} in {worst.dtype} (mean "
-                    f"{worst.mean_logit_difference:.1e}, KL {worst.kl:.1e}), allowed {allowed:.1e}"
-                    "; nothing was kept. If that is the rounding you expect, set tolerance"
-                )
-            receipt = _receipt(mixture, chosen, found, measured, worst, allowed, writer, tensors)
+            checked = Checked()
+            if verify:
+                checked = check_parity(model, mixture, writer.folder, ids, tensors, tolerance)
+            receipt = _receipt(mixture, chosen, found, checked, writer, tensors)
             writer.write_json(RECEIPT, receipt.to_dict())
             writer.finish()
     finally:
@@ -137,14 +130,14 @@ def _write(mixture: Mixture, target: Target, writer: CheckpointWriter) -> Iterat
         base = mixture.base_ffn(layer)
         for expert in range(mixture.num_experts):
             matrices = mixture.expert(layer, expert, base)
-            for slot, matrix in zip(target.expert(layer, expert), matrices, strict=True):
-                yield writer.write_matrix(slot, matrix)
-        slots = target.shared(layer) if mixture.additive else None
-        if slots is not None:
+            for place, matrix in zip(target.expert(layer, expert), matrices, strict=True):
+                yield writer.write_matrix(place, matrix)
+        places = target.shared(layer) if mixture.additive else None
+        if places is not None:
             always = mixture.shared(layer, base, target.shape.shared_width)
             always = replace(always, down=always.down * target.shared_down_scale)
-            for slot, matrix in zip(slots, always, strict=True):
-                yield writer.write_matrix(slot, matrix)
+            for place, matrix in zip(places, always, strict=True):
+                yield writer.write_matrix(place, matrix)
 
 
 def _write_files(
@@ -167,55 +160,15 @@ def _write_files(
         settings.save_pretrained(str(writer.folder))
 
 
-def _measure(
-    model: PeftModel, mixture: Mixture, folder: Path, ids: list[Tensor]
-) -> dict[str, Measured]:
-    """Return the comparison of adapter and checkpoint, by implementation of the experts."""
-    base: Any = model.get_base_model()
-    dtype, device = base.dtype, base.device
-    here = [text.to(device) for text in ids]
-    inner = {i: base.get_submodule(f"model.layers.{i}") for i in mixture.moe_layers}
-    blocks = {i: getattr(m, "mlp", None) or m.feed_forward for i, m in inner.items()}
-    with watched(blocks) as ours:
-        reference = [logits.cpu() for logits in logits_of(base, here)]
-    found: Any = load_strictly(folder, dtype).to(device)
-    gates = stock_gates(found, mixture.moe_layers, mixture.num_experts)
-    measured = {}
-    for implementation in IMPLEMENTATIONS:
-        found.set_experts_implementation(implementation)
-        with watched(gates) as theirs:
-            answers = [logits.cpu() for logits in logits_of(found, here)]
-        measured[implementation] = replace(
-            compare(reference, answers, dtype),
-            routing_agreement=agreement(mixture, ours, theirs)
-            if gates.keys() == blocks.keys()
-            else None,
-        )
-    return measured
-
-
-def _allowed(tolerance: float | None, lowest: torch.dtype, measured: Measured) -> float | None:
-    if tolerance is not None:
-        return tolerance
-    exact = torch.finfo(lowest).bits >= 32 and measured.dtype in ("float32", "float64")  # noqa: PLR2004
-    return measured.float32_tolerance if exact else None
-
-
 def _receipt(
     mixture: Mixture,
     target: Target,
     engines: list[Verdict],
-    measured: dict[str, Measured],
-    worst: Measured,
-    tolerance: float | None,
+    checked: Checked,
     writer: CheckpointWriter,
     tensors: list[Any],
 ) -> Receipt:
     config, dense = mixture.config, mixture.source.tensors()
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        name = DTYPE_NAMES[tensor.dtype]
-        sizes[name] = sizes.get(name, 0) + tensor.nbytes
     shape = target.shape
     first: Any = mixture.routers[mixture.moe_layers[0]]
     return Receipt(
@@ -231,7 +184,8 @@ def _receipt(
             "dense_layers": list(shape.dense_layers),
             "expert_width": shape.expert_width,
             "granularity": config.granularity,
-            "logit_difference": {n: m.max_logit_difference for n, m in measured.items()},
+            "float64_difference": checked.float64_difference,
+            "logit_difference": {n: m.max_logit_difference for n, m in checked.measured.items()},
             "merged_linears": mixture.merged_linears,
             "n_shared": config.n_shared,
             "norm_topk": shape.norm_topk,
@@ -243,10 +197,10 @@ def _receipt(
             "untie": shape.untie,
         },
         source_sha256={"base": mixture.source.fingerprint(), "adapter": mixture.fingerprint()},
-        dtype=sizes,
+        dtype=bytes_by_dtype(tensors),
         bytes_on_disk=writer.nbytes,
-        base_bytes=sum(torch.Size(s).numel() * kind.itemsize for s, kind in dense.values()),
+        base_bytes=bytes_of(dense),
         engines=tuple(engines),
-        measured=worst,
-        tolerance=tolerance,
+        measured=checked.worst,
+        tolerance=checked.allowed,
     )

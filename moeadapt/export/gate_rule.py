@@ -53,7 +53,7 @@ def gate_rule(router: Router, spec: Any, *, additive: bool) -> GateRule:
         # A top-k gate that was never trained; always normalised.
         return GateRule(scoring=None if k == 1 else "softmax", top_k=k, norm=True)
     if name == "sigmoid":
-        return _sigmoid(spec, k, additive=additive)
+        return _sigmoid(router, spec, k, additive=additive)
     normalised = spec.resolved_normalize() != "none"
     if router.null_experts:
         return _with_null(router, k, normalised=normalised, additive=additive)
@@ -66,17 +66,24 @@ def gate_rule(router: Router, spec: Any, *, additive: bool) -> GateRule:
             "normalize='renorm' and k at least 2, or with placement='glu', where unnormalised "
             f"weights fit some classes. {ELSEWHERE}"
         )
-    return GateRule(scoring=None if normalised and k == 1 else "softmax", top_k=k, norm=normalised)
+    any_scoring = normalised and k == 1 and not _is_biased(router)
+    return GateRule(scoring=None if any_scoring else "softmax", top_k=k, norm=normalised)
 
 
-def _sigmoid(spec: Any, k: int, *, additive: bool) -> GateRule:
+def _is_biased(router: Router) -> bool:
+    """Whether a bias on the probabilities, and so what they are, has a say in the choice."""
+    bias = router.selection_bias
+    return bias is not None and bool(bias.any())
+
+
+def _sigmoid(router: Router, spec: Any, k: int, *, additive: bool) -> GateRule:
     if not additive and not (spec.renorm and spec.scale == 1.0):
         raise UnsupportedError(
             f"router 'sigmoid' with renorm={spec.renorm}, scale={spec.scale}: its weights do not "
             "sum to 1, so that the base FFN takes the rest, and no stock class has such a "
             f"remainder. Train with renorm=True and scale=1, or with placement='glu'. {ELSEWHERE}"
         )
-    scoring = None if k == 1 and spec.renorm else "sigmoid"
+    scoring = None if k == 1 and spec.renorm and not _is_biased(router) else "sigmoid"
     return GateRule(scoring=scoring, top_k=k, norm=spec.renorm, scale=spec.scale)
 
 
@@ -87,7 +94,8 @@ def _with_null(router: Router, k: int, *, normalised: bool, additive: bool) -> G
         # Normalised among the others, the weights do not see the null experts at all.
         return GateRule(scoring="softmax", top_k=router.num_experts, norm=None)
     if normalised and k == 1:
-        return GateRule(scoring=None, top_k=1, norm=True, null_experts=null)
+        scoring = "softmax" if _is_biased(router) else None
+        return GateRule(scoring=scoring, top_k=1, norm=True, null_experts=null)
     if not normalised and (additive or everyone):
         norm = None if everyone else False
         return GateRule(scoring="softmax", top_k=k, norm=norm, null_experts=null)

@@ -11,17 +11,11 @@ from torch import nn
 from moeadapt.errors import ConfigError
 from moeadapt.export.bank_layout import check_linear, is_unrouted, zero_pair
 from moeadapt.export.low_rank import stack
-from moeadapt.export.merge_methods import DENSIFY, MENU, MERGES, MergeConfig, SingleConfig, Target
+from moeadapt.export.merge_methods import DENSIFY, MENU, MERGES, Linear, MergeConfig, SingleConfig
 from moeadapt.export.residual import Moments, constants, measure
+from moeadapt.hidden_folder import check_folder
 from moeadapt.tuner.layer import MoeLoraLinear
-from moeadapt.tuner.plain import (
-    Pair,
-    adapter_config,
-    adapter_layers,
-    check_folder,
-    plain_lora,
-    save_plain,
-)
+from moeadapt.tuner.plain import Pair, adapter_config, adapter_layers, plain_lora, save_plain
 from moeadapt.tuner.probe import Batch, Loss, measure_loss, read_batches
 
 Residuals = dict[str, float]
@@ -124,9 +118,10 @@ def merge(
         memory: bytes that second moments may take at once; less: more runs over `data`.
 
     Raises:
-        ConfigError: a setting is wrong, or data is missing.
+        ConfigError: a setting is wrong, data is missing or has no labels, or `out_dir` is occupied
+            or its disk too full.
         UnsupportedError: the experts are no matrices (`ia3`, `random_a`, `glu`).
-        ExportError: `out_dir` cannot be written.
+        ExportError: `out_dir` was taken while it was written.
 
     Example:
         >>> result = moeadapt.merge(model, "merged", data=texts, tokenizer=tokenizer)
@@ -152,9 +147,9 @@ def merge(
         others = read_batches(held_out, tokenizer=tokenizer, domains=held_out_domains)
     pairs, residuals, menu = _pairs(model, layers, chosen, rank, batches, adapter, memory)
     lora = plain_lora(model, pairs, adapter=adapter)  # type: ignore[arg-type]
+    mixture, merged, base = (None, None, None) if others is None else _losses(model, lora, others)
     if out_dir is not None:
         save_plain(lora, Path(out_dir))
-    mixture, merged, base = (None, None, None) if others is None else _losses(model, lora, others)
     return MergeResult(
         method=MERGES.spec(chosen),
         model=lora,
@@ -228,25 +223,25 @@ def _pairs(
         if is_unrouted(layer, adapter):
             pairs[key] = constant[key] or zero_pair(layer)
         elif batches is None:
-            target = Target(key=key, bank=layer.moe_banks[adapter], rank=rank)
-            pairs[key] = _with(method.routed(target), constant[key])
+            linear = Linear(key=key, bank=layer.moe_banks[adapter], rank=rank)
+            pairs[key] = _with(method.routed(linear), constant[key])
     if batches is not None:
         for key, moments in measure(model, layers, batches, adapter=adapter, memory=memory):
             bank = layers[key].moe_banks[adapter]
-            target = Target(key=key, bank=bank, moments=moments, rank=rank)
-            pairs[key] = _with(method.routed(target), constant[key])
+            linear = Linear(key=key, bank=bank, moments=moments, rank=rank)
+            pairs[key] = _with(method.routed(linear), constant[key])
             residuals[key] = moments.residual(pairs[key], constant[key])
-            _compare(target, moments, constant[key], menu)
+            _compare(linear, moments, constant[key], menu)
     return {key: pairs[key] for key in layers}, residuals, menu
 
 
 def _compare(
-    target: Target, moments: Moments, constant: Pair | None, menu: dict[str, Residuals]
+    linear: Linear, moments: Moments, constant: Pair | None, menu: dict[str, Residuals]
 ) -> None:
     for name in MENU:
         config = SingleConfig() if name == "single" else MERGES.parse(name)
-        found = _with(config.routed(target), constant)
-        menu.setdefault(name, {})[target.key] = moments.residual(found, constant)
+        found = _with(config.routed(linear), constant)
+        menu.setdefault(name, {})[linear.key] = moments.residual(found, constant)
 
 
 def _with(routed: Pair, constant: Pair | None) -> Pair:

@@ -27,8 +27,8 @@ from moeadapt.tuner.plain import Pair
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """One linear of a mixture.
+class Linear:
+    """One target linear of a mixture: what a method looks at to merge its experts.
 
     Attributes:
         key: its path, for messages.
@@ -60,8 +60,12 @@ class MergeConfig(ComponentConfig, ABC):
     needs_data: ClassVar[bool] = False
 
     @abstractmethod
-    def routed(self, target: Target) -> Pair:
-        """Return the delta that stands for the routed experts of `target`."""
+    def routed(self, linear: Linear) -> Pair:
+        """Return the delta that stands for the routed experts of `linear`.
+
+        Raises:
+            ConfigError: data is needed and there is none, or a setting does not fit `linear`.
+        """
 
 
 class LeastSquaresConfig(MergeConfig):
@@ -77,9 +81,9 @@ class LeastSquaresConfig(MergeConfig):
 
     ridge: Annotated[float, Field(gt=0.0)] = 1e-4
 
-    def routed(self, target: Target) -> Pair:
+    def routed(self, linear: Linear) -> Pair:
         """See `MergeConfig.routed`."""
-        moments = _moments(target)
+        moments = _moments(linear)
         dim = moments.x_x.shape[0]
         size = moments.x_x.diagonal().mean()
         # Inputs that are all zero have no delta to find.
@@ -89,8 +93,8 @@ class LeastSquaresConfig(MergeConfig):
         found_RD = torch.cholesky_solve(moments.g_x.T, root).T
         used = found_RD.abs().sum(1) > 0
         pair = Pair(a=found_RD[used], b=moments.up[:, used])
-        if pair.rank > target.limit:
-            return _nearest(pair, moments, target.limit)
+        if pair.rank > linear.limit:
+            return _nearest(pair, moments, linear.limit)
         return pair if pair.rank else Pair(a=found_RD[:1], b=moments.up[:, :1])
 
 
@@ -108,18 +112,18 @@ class UsageConfig(MergeConfig):
 
     needs_data: ClassVar = True
 
-    def routed(self, target: Target) -> Pair:
+    def routed(self, linear: Linear) -> Pair:
         """See `MergeConfig.routed`."""
-        return _average(target, _moments(target).weights.tolist())
+        return _average(linear, _moments(linear).weights.tolist())
 
 
 class UniformConfig(MergeConfig):
     """The plain mean of the experts."""
 
-    def routed(self, target: Target) -> Pair:
+    def routed(self, linear: Linear) -> Pair:
         """See `MergeConfig.routed`."""
-        experts = target.bank.size.num_experts
-        return _average(target, [1 / experts] * experts)
+        experts = linear.bank.size.num_experts
+        return _average(linear, [1 / experts] * experts)
 
 
 class MeanConfig(UniformConfig):
@@ -136,37 +140,37 @@ class SingleConfig(MergeConfig):
 
     expert: Annotated[int, Field(ge=0)] | None = None
 
-    def routed(self, target: Target) -> Pair:
+    def routed(self, linear: Linear) -> Pair:
         """See `MergeConfig.routed`."""
-        pairs = routed_pairs(target.bank)
+        pairs = routed_pairs(linear.bank)
         chosen = self.expert
         if chosen is None:
-            if target.moments is None:
+            if linear.moments is None:
                 raise ConfigError("method 'single' needs expert=, or data to find the most used")
-            chosen = int(target.moments.weights.argmax())
+            chosen = int(linear.moments.weights.argmax())
         if chosen >= len(pairs):
             raise ConfigError(
-                f"method 'single': expert={chosen}, but {target.key!r} has the experts "
+                f"method 'single': expert={chosen}, but {linear.key!r} has the experts "
                 f"0..{len(pairs) - 1}"
             )
-        return truncate(pairs[chosen], target.limit)
+        return truncate(pairs[chosen], linear.limit)
 
 
 class SumConfig(MergeConfig):
     """The experts added up; OneS's summation."""
 
-    def routed(self, target: Target) -> Pair:
+    def routed(self, linear: Linear) -> Pair:
         """See `MergeConfig.routed`."""
-        return _average(target, [1.0] * target.bank.size.num_experts)
+        return _average(linear, [1.0] * linear.bank.size.num_experts)
 
 
 class TopKConfig(MergeConfig):
     """The longest rank-one terms of each expert side by side: as large as one expert."""
 
-    def routed(self, target: Target) -> Pair:
+    def routed(self, linear: Linear) -> Pair:
         """See `MergeConfig.routed`."""
         parts = []
-        for pair, rank in zip(routed_pairs(target.bank), _shares(target), strict=True):
+        for pair, rank in zip(routed_pairs(linear.bank), _shares(linear), strict=True):
             length = pair.a.norm(dim=1) * pair.b.norm(dim=0)
             kept = length.argsort(descending=True, stable=True)[:rank].sort().values
             parts.append(Pair(a=pair.a[kept], b=pair.b[:, kept]))
@@ -176,40 +180,40 @@ class TopKConfig(MergeConfig):
 class SvdConfig(MergeConfig):
     """The largest singular directions of each expert side by side: as large as one expert."""
 
-    def routed(self, target: Target) -> Pair:
+    def routed(self, linear: Linear) -> Pair:
         """See `MergeConfig.routed`."""
-        pairs = routed_pairs(target.bank)
+        pairs = routed_pairs(linear.bank)
         parts = []
-        for pair, rank in zip(pairs, _shares(target), strict=True):
+        for pair, rank in zip(pairs, _shares(linear), strict=True):
             u, s, vh = singular(pair)
             parts.append(Pair(a=vh[:rank], b=u[:, :rank] * s[:rank]))
         return stack(parts)
 
 
-def _moments(target: Target) -> Moments:
-    if target.moments is None:
+def _moments(linear: Linear) -> Moments:
+    if linear.moments is None:
         raise ConfigError("this method looks at what the mixture does: give data=")
-    return target.moments
+    return linear.moments
 
 
-def _average(target: Target, weights: Sequence[float]) -> Pair:
-    pair = stack(routed_pairs(target.bank), weights)
+def _average(linear: Linear, weights: Sequence[float]) -> Pair:
+    pair = stack(routed_pairs(linear.bank), weights)
     # Experts that share a factor repeat it once stacked.
-    limit = target.limit
-    common = target.bank.factor("lora_A").weight.shape[0] < pair.rank
-    common = common or target.bank.factor("lora_B").weight.shape[1] < pair.rank
+    limit = linear.limit
+    common = linear.bank.factor("lora_A").weight.shape[0] < pair.rank
+    common = common or linear.bank.factor("lora_B").weight.shape[1] < pair.rank
     return truncate(shrink(pair) if common else pair, limit)
 
 
-def _shares(target: Target) -> list[int]:
+def _shares(linear: Linear) -> list[int]:
     """Divide the rank of the result among the experts, the first ones get what is left over."""
-    size = target.bank.size
+    size = linear.bank.size
     experts = size.num_experts
     ranks = size.all_ranks[:experts]
-    total = target.rank or max(max(ranks), experts)
+    total = linear.rank or max(max(ranks), experts)
     if total < experts:
         raise ConfigError(
-            f"rank={total} is less than the {experts} experts of {target.key!r}, each of which "
+            f"rank={total} is less than the {experts} experts of {linear.key!r}, each of which "
             f"gives at least one rank; use rank >= {experts}"
         )
     shares = [total // experts + (e < total % experts) for e in range(experts)]

@@ -14,12 +14,11 @@ from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
-from torch.nn import functional as F
 
 from moeadapt.errors import UnsupportedError
 from moeadapt.experts.glu import GluBank
 from moeadapt.export.bank_layout import constant_pair, expert_pair, is_unrouted
-from moeadapt.export.dense import Glu, Piece, ffn_pieces
+from moeadapt.export.dense import Glu, Piece, ffn_pieces, filled, whole_strides
 from moeadapt.export.gate_rule import GateRule, gate_rule
 from moeadapt.export.refusals import (
     ELSEWHERE,
@@ -32,9 +31,6 @@ from moeadapt.export.source import ModelSource, Source
 from moeadapt.routers import Router
 from moeadapt.tuner.layer import MoeLoraLinear
 from moeadapt.tuner.plain import Pair, adapter_config, adapter_layers, shared_base
-
-STRIDE = 8
-"""Widths are filled up to a multiple: grouped kernels want 16 bytes, which is 8 bfloat16."""
 
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
 
@@ -113,10 +109,10 @@ class Mixture:
         )
         self.num_experts = any_router.num_experts + self.rule.null_experts
         width = self.source.tensors()[self._pieces(self.moe_layers[0]).down.name][0][1]
-        self.expert_width, self.shared_width = width, 0
+        self.expert_width, self.shared_width = whole_strides(width), 0
         if self.additive:
             size = self._glu(self.moe_layers[0]).size
-            self.expert_width = -(-size.rank // STRIDE) * STRIDE
+            self.expert_width = whole_strides(size.rank)
             self.shared_width = width + size.num_shared * size.rank
 
     def _find_routers(self) -> None:
@@ -212,15 +208,15 @@ class Mixture:
         if self.additive:
             if null:
                 none = base.gate[:0], base.up[:0], base.down[:, :0]
-                return _filled(Glu(*none), self.expert_width)
-            return _filled(self._small(layer, expert), self.expert_width)
+                return filled(Glu(*none), self.expert_width)
+            return filled(self._small(layer, expert), self.expert_width)
         if null:
-            return base
+            return filled(base, self.expert_width)
         changed = []
         for piece, value in zip(self._pieces(layer), base, strict=True):
             bank = self._layers[piece.name.removesuffix(".weight")].moe_banks[self.adapter]
             changed.append(add_pair(value, expert_pair(bank, expert), piece.rows))
-        return Glu(*changed)
+        return filled(Glu(*changed), self.expert_width)
 
     def _small(self, layer: int, expert: int) -> Glu[Tensor]:
         bank = self._glu(layer)
@@ -247,7 +243,7 @@ class Mixture:
             torch.cat([part.up.double() for part in parts]),
             torch.cat([part.down.double() for part in parts], 1),
         )
-        return _filled(whole, width)
+        return filled(whole, width)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the adapter's tensors, in hexadecimal."""
@@ -261,11 +257,3 @@ class Mixture:
             raw: Any = value.view(torch.uint8).numpy()
             digest.update(memoryview(raw))
         return digest.hexdigest()
-
-
-def _filled(ffn: Glu[Tensor], width: int) -> Glu[Tensor]:
-    """Return the same FFN with hidden units that do nothing, `width` in all."""
-    more = width - ffn.gate.shape[0]
-    return Glu(
-        F.pad(ffn.gate, (0, 0, 0, more)), F.pad(ffn.up, (0, 0, 0, more)), F.pad(ffn.down, (0, more))
-    )

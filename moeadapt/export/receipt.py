@@ -1,8 +1,9 @@
 """What a written checkpoint is and how it was checked: `export_receipt.json`, and a text."""
 
 import json
+import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import transformers
 
 from moeadapt.errors import ConfigError
 from moeadapt.export.engines import Verdict
+from moeadapt.export.shards import DTYPE_NAMES, PlannedTensor
 from moeadapt.version import __version__
 
 RECEIPT = "export_receipt.json"
@@ -22,6 +24,10 @@ TOLERANCE, RELATIVE_TOLERANCE = 1e-4, 1e-5
 
 Models whose logits reach 40 differ by 1e-4 from themselves when only the order of sums changes.
 """
+
+
+GROSS = 0.05
+"""Mean logit difference over the largest logit that no rounding to 16 bits explains."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +59,11 @@ class Measured:
     def float32_tolerance(self) -> float:
         """Largest difference that rounding explains where everything is float32, in logits."""
         return max(TOLERANCE, RELATIVE_TOLERANCE * self.largest_logit)
+
+    @property
+    def is_beyond_rounding(self) -> bool:
+        """Whether the mean difference is more than rounding to 16 bits explains."""
+        return not self.mean_logit_difference <= GROSS * self.largest_logit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +169,20 @@ def _size(count: int) -> str:
         if count >= scale:
             return f"{count / scale:.2f} {unit}"
     return f"{count} B"
+
+
+def bytes_by_dtype(tensors: Iterable[PlannedTensor]) -> dict[str, int]:
+    """Return name of a dtype -> bytes of the planned tensors in it."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        name = DTYPE_NAMES[tensor.dtype]
+        sizes[name] = sizes.get(name, 0) + tensor.nbytes
+    return sizes
+
+
+def bytes_of(dense: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
+    """Return the bytes of tensors given as name -> shape and dtype."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in dense.values())
 
 
 def versions() -> dict[str, str]:

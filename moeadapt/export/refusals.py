@@ -115,7 +115,8 @@ def check_model(model: PeftModel, adapter: str, layers: Mapping[str, MoeLoraLine
     base = model.get_base_model()
     if not type(base).__name__.endswith("ForCausalLM"):
         raise UnsupportedError(
-            f"the base is a {type(base).__name__}; mixtures are written as causal language models"
+            f"the base is a {type(base).__name__}, and no stock mixture class is made of such; "
+            f"those of Llama, Qwen, Mistral and others (docs/serve.md) are. {ELSEWHERE}"
         )
     for key, layer in layers.items():
         inner = layer.get_base_layer()

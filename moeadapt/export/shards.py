@@ -27,7 +27,7 @@ WRITABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Tensor:
+class PlannedTensor:
     """One tensor of the new checkpoint."""
 
     name: str
@@ -45,7 +45,7 @@ class Shard:
     """One file: its tensors in order, the header, and where each tensor starts in the file."""
 
     file: str
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[PlannedTensor, ...]
     header: bytes
     starts: Mapping[str, int]
 
@@ -59,7 +59,7 @@ def plan(
     target: Target,
     dense: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     dtype: torch.dtype | None = None,
-) -> list[Tensor]:
+) -> list[PlannedTensor]:
     """Return every tensor of a mixture, layer by layer.
 
     Args:
@@ -72,10 +72,10 @@ def plan(
     """
     if dtype is not None and dtype not in WRITABLE:
         raise ConfigError(f"dtype {dtype}: one of {list(WRITABLE)}")
-    found: dict[str, Tensor] = {}
+    found: dict[str, PlannedTensor] = {}
 
     def add(name: str, shape: tuple[int, ...], kind: torch.dtype) -> None:
-        known = found.setdefault(name, Tensor(name, shape, kind))
+        known = found.setdefault(name, PlannedTensor(name, shape, kind))
         assert known.shape == shape, f"{name}: {known.shape} and {shape}"
 
     for name, (shape, own) in dense.items():
@@ -89,8 +89,8 @@ def plan(
             add(copy.name, rows, dtype or own)
     usual = dtype or common_dtype(dense)
     for layer in target.moe_layers():
-        for slot in target.slots(layer):
-            add(slot.name, slot.shape, usual)
+        for place in target.places(layer):
+            add(place.name, place.shape, usual)
         for fill in target.fills(layer):
             add(fill.name, fill.shape, fill_dtype(fill, usual))
     return sorted(found.values(), key=_order)
@@ -109,13 +109,13 @@ def common_dtype(dense: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> to
     return max(counts, key=lambda dtype: counts[dtype])
 
 
-def _order(tensor: Tensor) -> tuple[int, str]:
+def _order(tensor: PlannedTensor) -> tuple[int, str]:
     parts = tensor.name.split(".")
     in_layer = parts[:2] == ["model", "layers"]
     return (int(parts[2]) if in_layer else -1), tensor.name
 
 
-def shards(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[Shard]:
+def shards(tensors: Iterable[PlannedTensor], max_shard_bytes: int) -> list[Shard]:
     """Deal tensors to files of at most `max_shard_bytes`; a larger tensor has a file of its own.
 
     Raises:
@@ -124,7 +124,7 @@ def shards(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[Shard]:
     """
     if max_shard_bytes < 1:
         raise ConfigError(f"max_shard_bytes={max_shard_bytes}: at least 1")
-    groups: list[list[Tensor]] = [[]]
+    groups: list[list[PlannedTensor]] = [[]]
     names: set[str] = set()
     held = 0
     for tensor in tensors:
@@ -145,7 +145,7 @@ def shards(tensors: Iterable[Tensor], max_shard_bytes: int) -> list[Shard]:
     ]
 
 
-def _shard(file: str, tensors: list[Tensor]) -> Shard:
+def _shard(file: str, tensors: list[PlannedTensor]) -> Shard:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset, starts = 0, {}
     # the format wants tensors aligned to their size: wide types first keeps it so

@@ -15,7 +15,18 @@ from moeadapt.tuner.plain import Pair
 def group_similar(
     layers: Sequence[MoeLoraLinear], adapter: str, amounts: Sequence[float], left: int
 ) -> list[Sources]:
-    """Return `left` groups of experts, the most similar ones together."""
+    """Return `left` groups of experts, the most similar ones together.
+
+    Args:
+        layers: the target linears of one router.
+        adapter: which adapter.
+        amounts: how much each expert counts in the mean of its group, >= 0: its mean routing
+            weight, or 1 for all; a group of zeros counts evenly.
+        left: how many groups, >= 1.
+
+    Returns:
+        Each group's experts with their weights in its mean, which add up to 1.
+    """
     groups: list[list[int]] = [[e] for e in range(len(amounts))]
     banks = [layer.moe_banks[adapter] for layer in layers]
     while len(groups) > left:

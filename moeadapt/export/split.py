@@ -8,15 +8,9 @@ from moeadapt.errors import ConfigError
 from moeadapt.export.bank_layout import check_linear, expert_pair, is_unrouted, zero_pair
 from moeadapt.export.low_rank import stack
 from moeadapt.export.residual import constants
+from moeadapt.hidden_folder import check_folder, new_folder
 from moeadapt.tuner.layer import MoeLoraLinear
-from moeadapt.tuner.plain import (
-    Pair,
-    adapter_config,
-    adapter_layers,
-    new_folder,
-    plain_lora,
-    save_plain,
-)
+from moeadapt.tuner.plain import Pair, adapter_config, adapter_layers, plain_lora, save_plain
 
 ALWAYS_ON = "shared"
 """Folder of what is always on: shared experts and the unrouted LoRA."""
@@ -36,10 +30,12 @@ def split(model: nn.Module, out_dir: str | Path, *, adapter: str = "default") ->
         Name of each folder -> its path.
 
     Raises:
-        ConfigError: the model has no such adapter.
+        ConfigError: the model has no such adapter, its experts started off the base
+            (`svd_segments`), or `out_dir` is occupied or its disk too full.
         UnsupportedError: the experts are no matrices.
-        ExportError: `out_dir` cannot be written.
+        ExportError: `out_dir` was taken while it was written.
     """
+    check_folder(out_dir)
     config = adapter_config(model, adapter)
     layers = adapter_layers(model, adapter)
     check_linear(layers, adapter)

@@ -10,13 +10,13 @@ is that of their deltas, by Gram matrices, and a merged one is truncated to the 
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
-from moeadapt.errors import ConfigError, UnsupportedError
+from moeadapt.errors import ConfigError, UnsupportedError, did_you_mean
 from moeadapt.experts.shared_b import SharedBBank
 from moeadapt.export.bank_layout import columns
 from moeadapt.export.freeze import freeze_old_experts
@@ -47,8 +47,8 @@ class SurgeryResult:
     after: Loss | None = None
 
 
-class _Patient:
-    """A mixture that can be edited, and the data to look at it with."""
+class _Edit:
+    """One edit of a mixture: its layers and routers, and the data to look at it with."""
 
     def __init__(self, model: Any, adapter: str, data: Any, options: Mapping[str, Any]) -> None:
         check_editable(adapter_config(model, adapter))
@@ -101,7 +101,7 @@ def drop_experts(
     experts: Named | None = None,
     *,
     count: int | None = None,
-    by: Literal["usage", "error"] = "usage",
+    by: str | None = None,
     data: Iterable[Any] | None = None,
     router: Mapping[str, Any] | None = None,
     adapter: str = "default",
@@ -112,40 +112,44 @@ def drop_experts(
     Args:
         model: the PEFT model with the mixture.
         experts: which ones, for all routers or per router; None: `count` of them by `by`.
-        count: how many of each router.
-        by: `usage`: those with the least mean routing weight on `data`; `error`: those whose
-            weighted answers on `data` are smallest, over all linears of the router.
+        count: how many of each router, 1 to one less than there are; needs `data`.
+        by: with `count`: `usage` (also None): those with the least mean routing weight on `data`;
+            `error`: those whose weighted answers on `data` are smallest, over all linears of the
+            router.
         data: see `moeadapt.merge`; also what the losses are measured on.
         router: settings of the router that change, for example `{"k": 1}`.
         adapter: which adapter.
         options: `tokenizer`, `domains`, `batch_size`, `max_length`.
 
     Raises:
-        ConfigError: no such expert, or the router does not fit the experts that are left.
+        ConfigError: no such expert, number or `by`, or the router does not fit what is left.
         UnsupportedError: the adapter cannot be edited, see `check_editable`.
     """
-    patient = _Patient(model, adapter, data, options)
     if (experts is None) == (count is None):
         raise ConfigError("name the experts to drop, or give count= and data=, not both")
+    if by is not None and by not in _MEASURES:
+        raise ConfigError(f"by={by!r} must be 'usage' or 'error'{did_you_mean(by, _MEASURES)}")
+    if experts is not None and by is not None:
+        raise ConfigError(f"by={by!r} chooses experts for count=; leave it out beside experts=")
+    edit = _Edit(model, adapter, data, options)
+    if count is not None and not 1 <= count < edit.num_experts:
+        raise ConfigError(f"count={count} must be in 1..{edit.num_experts - 1}")
     if experts is not None:
-        dropped = patient.orders(experts)
+        dropped = edit.orders(experts)
     else:
-        scores = _usage(patient) if by == "usage" else _errors(patient)
-        dropped = {
-            head: score.argsort(stable=True)[: count or 0].tolist()
-            for head, score in scores.items()
-        }
+        shares = _MEASURES[by or "usage"](edit)
+        dropped = {head: one.argsort(stable=True)[:count].tolist() for head, one in shares.items()}
     counts = {len(found) for found in dropped.values()}
-    if len(counts) > 1 or not 0 < min(counts) < patient.num_experts:
+    if len(counts) > 1 or not 0 < min(counts) < edit.num_experts:
         raise ConfigError(
             f"dropping {sorted(counts)} experts per router: drop the same number everywhere, 1 to "
-            f"{patient.num_experts - 1}"
+            f"{edit.num_experts - 1}"
         )
     orders = {
-        head: [((e, 1.0),) for e in range(patient.num_experts) if e not in gone]
+        head: [((e, 1.0),) for e in range(edit.num_experts) if e not in gone]
         for head, gone in dropped.items()
     }
-    return patient.finish(orders, router)
+    return edit.finish(orders, router)
 
 
 def merge_experts(
@@ -175,17 +179,17 @@ def merge_experts(
         ConfigError: the number is out of range, or does not fit the router.
         UnsupportedError: the adapter cannot be edited, see `check_editable`.
     """
-    patient = _Patient(model, adapter, data, options)
-    if not 1 <= num_experts < patient.num_experts:
-        raise ConfigError(f"num_experts={num_experts} must be in 1..{patient.num_experts - 1}")
-    usage = None if patient.batches is None else _usage(patient)
+    edit = _Edit(model, adapter, data, options)
+    if not 1 <= num_experts < edit.num_experts:
+        raise ConfigError(f"num_experts={num_experts} must be in 1..{edit.num_experts - 1}")
+    usage = None if edit.batches is None else _usage(edit)
     orders: dict[str, list[Sources]] = {}
-    for head, keys in patient.heads.items():
-        amounts = [1.0] * patient.num_experts if usage is None else usage[head].tolist()
+    for head, keys in edit.heads.items():
+        amounts = [1.0] * edit.num_experts if usage is None else usage[head].tolist()
         orders[head] = group_similar(
-            [patient.layers[key] for key in keys], adapter, amounts, num_experts
+            [edit.layers[key] for key in keys], adapter, amounts, num_experts
         )
-    return patient.finish(orders, router)
+    return edit.finish(orders, router)
 
 
 def add_experts(
@@ -215,13 +219,13 @@ def add_experts(
         ConfigError: `count` is not positive, or does not fit the router.
         UnsupportedError: the adapter cannot be edited, see `check_editable`.
     """
-    patient = _Patient(model, adapter, data, options)
+    edit = _Edit(model, adapter, data, options)
     if count < 1:
         raise ConfigError(f"count={count} must be at least 1")
-    old = patient.num_experts
+    old = edit.num_experts
     order: list[Sources] = [((e, 1.0),) for e in range(old)]
     order += [()] * count
-    result = patient.finish(dict.fromkeys(patient.heads, order), router)
+    result = edit.finish(dict.fromkeys(edit.heads, order), router)
     if freeze_old:
         freeze_old_experts(result.model, old)
     return result
@@ -248,37 +252,36 @@ def reorder_experts(
         ConfigError: `order` does not list every expert once.
         UnsupportedError: the adapter cannot be edited, see `check_editable`.
     """
-    patient = _Patient(model, adapter, data, options)
-    found = patient.orders(order)
+    edit = _Edit(model, adapter, data, options)
+    found = edit.orders(order)
     for head, experts in found.items():
-        if len(experts) != patient.num_experts:
+        if len(experts) != edit.num_experts:
             raise ConfigError(
-                f"order {experts} of {head!r} must list each of the {patient.num_experts} experts"
+                f"order {experts} of {head!r} must list each of the {edit.num_experts} experts"
             )
     orders = {head: [((e, 1.0),) for e in experts] for head, experts in found.items()}
-    return patient.finish(orders, None)
+    return edit.finish(orders, None)
 
 
-def _measured(patient: _Patient) -> Any:
-    if patient.batches is None:
+def _measured(edit: _Edit) -> Any:
+    if edit.batches is None:
         raise ConfigError("data= is needed to see how much each expert is used")
-    return measure(patient.model, patient.layers, patient.batches, adapter=patient.adapter)
+    return measure(edit.model, edit.layers, edit.batches, adapter=edit.adapter)
 
 
-def _usage(patient: _Patient) -> dict[str, Tensor]:
+def _usage(edit: _Edit) -> dict[str, Tensor]:
     """Return each router's mean weights."""
     return {
-        head_of(patient.layers[key], patient.adapter): moments.weights
-        for key, moments in _measured(patient)
+        head_of(edit.layers[key], edit.adapter): moments.weights for key, moments in _measured(edit)
     }
 
 
-def _errors(patient: _Patient) -> dict[str, Tensor]:
+def _errors(edit: _Edit) -> dict[str, Tensor]:
     """Return each router's E|w_e Delta_e x|^2 per expert, over E|d|^2, summed over linears."""
     found: dict[str, Tensor] = {}
-    for key, moments in _measured(patient):
-        layer = patient.layers[key]
-        bank = layer.moe_banks[patient.adapter]
+    for key, moments in _measured(edit):
+        layer = edit.layers[key]
+        bank = layer.moe_banks[edit.adapter]
         if isinstance(bank, SharedBBank):
             raise UnsupportedError(
                 "experts 'shared_b' are added up before what they share, so one expert's answers "
@@ -287,6 +290,9 @@ def _errors(patient: _Patient) -> dict[str, Tensor]:
         own = [columns(bank, e) for e in range(bank.size.num_experts)]
         parts = [((moments.up[:, c].T @ moments.up[:, c]) * moments.g_g[c, c]).sum() for c in own]
         share = torch.stack(parts) / max(moments.norm(), torch.finfo(torch.float64).tiny)
-        head = head_of(layer, patient.adapter)
+        head = head_of(layer, edit.adapter)
         found[head] = found.get(head, torch.zeros_like(share)) + share
     return found
+
+
+_MEASURES = {"usage": _usage, "error": _errors}

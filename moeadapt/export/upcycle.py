@@ -1,7 +1,7 @@
 """Turns a dense checkpoint, its fine-tuned copies or its LoRA adapters into a stock mixture.
 
-Steps: 1. read configurations and headers, choose the target, refuse what cannot be; 2. make the
-gates; 3. write tensor by tensor; 4. load the result and compare it with the base; 5. write the
+Steps: 1. read configurations, headers and texts, choose the target, refuse what cannot be; 2. make
+the gates; 3. write tensor by tensor; 4. load the result and compare it with the base; 5. write the
 receipt and give the folder its name.
 
 Letters: D hidden width, E experts, N copies of the FFN, G parts of each.
@@ -14,25 +14,32 @@ FFN.
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from moeadapt.errors import ConfigError, ExportError, did_you_mean
+from moeadapt.embedded import resolve_model
+from moeadapt.errors import ConfigError
 from moeadapt.export import gates
 from moeadapt.export.adapted_source import open_variant
-from moeadapt.export.dense import ffn_pieces
+from moeadapt.export.dense import ffn_pieces, whole_strides
 from moeadapt.export.engines import Verdict, check_engines
+from moeadapt.export.gate_settings import GateSettings, read_gate_settings
 from moeadapt.export.progress import byte_progress
-from moeadapt.export.receipt import RECEIPT, Measured, Receipt, compare
-from moeadapt.export.shards import DTYPE_NAMES, plan
+from moeadapt.export.receipt import RECEIPT, Measured, Receipt, bytes_by_dtype, bytes_of
+from moeadapt.export.shards import plan
 from moeadapt.export.source import Source, open_source
 from moeadapt.export.targets import MoeShape, Target, find_target
+from moeadapt.export.upcycle_check import (
+    compare_copies,
+    dense_model,
+    promised,
+    require_copies,
+)
 from moeadapt.export.upcycle_job import Job
 from moeadapt.export.variants import Variation
-from moeadapt.export.verify import load_strictly, logits_of, probe_ids
 from moeadapt.export.writer import DEFAULT_SHARD_BYTES, CheckpointWriter
 
 
@@ -49,7 +56,7 @@ def upcycle(
     granularity: int = 1,
     gate_init: str = "random",
     gate_texts: Any = None,
-    gate_std: float = 0.02,
+    gate_std: float | None = None,
     norm_topk: bool = True,
     untie: bool = False,
     engines: Iterable[str] = (),
@@ -62,58 +69,64 @@ def upcycle(
     """Write a mixture of whole FFNs as a stock checkpoint of transformers, and check it.
 
     Args:
-        base: the dense checkpoint's folder, or a model in memory.
+        base: the dense checkpoint's folder, an `embedded:` name, or a model in memory.
         out_dir: a folder that does not exist yet, or is empty.
         num_experts: copies of the FFN, at least 2; the number of `sources` if they are given. On
             disk it is `granularity` times as many.
         top_k: copies used per token, in [1, num_experts]; with 1 and `norm_topk` the weight is
             always 1, and the router never learns.
         target: a key of `EXPORTERS`, or `"auto"`.
-        sources: one folder per expert, each a fine-tuned copy of `base` or a plain LoRA adapter of
-            it. What is not FFN is averaged over them.
+        sources: one folder or `embedded:` name per expert, each a fine-tuned copy of `base` or a
+            plain LoRA adapter of it. What is not FFN is averaged over them.
         noise: standard deviation of noise on every expert, over that of the matrix, at least 0.
         drop: share of hidden units drawn anew in every expert, in [0, 1].
         granularity: experts that each copy is cut into, at least 1; divides the FFN's width.
         gate_init: `"random"`, `"hidden"` or `"kmeans"`.
         gate_texts: for hidden a list of prompts per copy, for kmeans one list; each a string, or
-            token ids.
-        gate_std: standard deviation of random router rows, above 0.
+            token ids [tokens] as a list or tensor of int. A model in memory takes ids only.
+        gate_std: standard deviation of random router rows, above 0; None: 0.02. Only for random.
         norm_topk: whether a token's weights sum to 1; without it copies are not the base.
         untie: write the output head as its own tensor where the base shares it.
         engines: where it must run: transformers, vllm, sglang, llama.cpp.
         dtype: on disk; that of the base if None.
         seed: of everything random.
-        verify: load the result and compare it with the base; needs room for one model in float32.
-        tolerance: largest logit difference in float32 where the experts are copies; None: 1e-4, or
-            1e-5 of the largest logit if that is more.
+        verify: load the result and compare it with the base; needs room for one model in float32,
+            for a model in memory in its dtype and on its device.
+        tolerance: largest logit difference, at least 0, where the experts are copies and verified;
+            None: 1e-4, or 1e-5 of the largest logit if that is more.
         max_shard_bytes: largest file, unless one tensor is larger.
 
     Returns:
         The receipt, also written to `export_receipt.json`.
 
     Raises:
-        ConfigError: a setting is out of range, a folder is not what it should be, the output is
-            occupied or the disk too full.
+        ConfigError: a setting is out of range or without effect, a folder or text is not what it
+            should be, the output is occupied or the disk too full.
         UnsupportedError: no class holds such a mixture of this base, or an engine would be wrong.
-        ExportError: the result does not load, or is not the base where it should be.
+        ExportError: the result does not load, is not the base where it should be, or the disk does
+            not take it.
+        AssetError: an `embedded:` model cannot be had.
 
     Example:
         >>> moeadapt.upcycle("Qwen3-0.6B", "qwen3-moe", num_experts=4, top_k=2)
     """
     dense = open_source(base)
-    experts = [open_variant(dense, folder) for folder in sources]
+    experts = [open_variant(dense, _resolved(folder)) for folder in sources]
     copies = _count(num_experts, len(experts))
     variation = Variation(noise=noise, drop=drop, granularity=granularity)
     if not 1 <= top_k <= copies:
         raise ConfigError(f"top_k={top_k}: in [1, num_experts={copies}]")
+    exact = variation.is_exact and not experts and norm_topk
+    _check_tolerance(tolerance, verify=verify, exact=exact)
     chosen = _target(dense, target, copies, top_k, variation, norm_topk=norm_topk, untie=untie)
     found = check_engines(chosen, engines)
-    ids = _gate_ids(dense, gate_init, gate_texts, copies)
+    first = read_gate_settings(dense, copies, gate_init, gate_texts, gate_std)
     job = Job(dense, experts or [dense] * copies, chosen, variation, seed)
     tensors = plan(chosen, dense.tensors(), dtype)
-    exact = variation.is_exact and not experts and norm_topk
-    with CheckpointWriter(out_dir, tensors, max_shard_bytes) as writer:
-        rows = _gates(base, job, gate_init, ids, copies, gate_std)
+    # before the gates, which take a while, so that an occupied place is told first
+    writer = CheckpointWriter(out_dir, tensors, max_shard_bytes)
+    rows = _gates(base, job, first, copies)
+    with writer:
         with byte_progress("upcycle", writer.nbytes) as progress:
             for count in job.write(writer, rows):
                 progress.add(count)
@@ -121,20 +134,40 @@ def upcycle(
         if dense.folder is not None:
             writer.copy_companions(dense.folder)
         writer.complete()
-        measured = _compare(base, writer.folder, chosen) if verify else None
+        measured = compare_copies(base, job, writer.folder) if verify else None
         allowed = None
         if measured is not None and exact:
-            allowed = measured.float32_tolerance if tolerance is None else tolerance
-            _require(measured, allowed)
+            allowed = promised(measured, tolerance, dense.tensors(), dtype)
+            require_copies(measured, allowed)
         settings = {
             **{"noise": noise, "drop": drop, "granularity": granularity, "seed": seed},
-            **{"gate_init": gate_init, "gate_std": gate_std, "norm_topk": norm_topk},
+            **{"gate_init": gate_init, "gate_std": first.std, "norm_topk": norm_topk},
             **{"untie": untie, "sources": [str(folder) for folder in sources]},
         }
         receipt = _receipt(job, settings, found, measured, allowed, writer, tensors)
         writer.write_json(RECEIPT, receipt.to_dict())
         writer.finish()
     return receipt
+
+
+def _resolved(folder: str | Path) -> str | Path:
+    return resolve_model(folder) if isinstance(folder, str) else folder
+
+
+def _check_tolerance(tolerance: float | None, *, verify: bool, exact: bool) -> None:
+    if tolerance is None:
+        return
+    if not 0 <= tolerance < float("inf"):
+        raise ConfigError(f"tolerance={tolerance}: at least 0 and finite, in logits")
+    if not verify:
+        raise ConfigError(
+            f"tolerance={tolerance} has no effect with verify=False; leave one of them out"
+        )
+    if not exact:
+        raise ConfigError(
+            f"tolerance={tolerance} has no effect with sources, noise, drop or norm_topk=False: "
+            "such a mixture is not its base, and no difference is refused; leave it out"
+        )
 
 
 def _count(num_experts: int | None, given: int) -> int:
@@ -167,71 +200,23 @@ def _target(
     shape = MoeShape(
         num_experts=copies * parts,
         top_k=top_k * parts,
-        expert_width=width // parts,
+        expert_width=whole_strides(width // parts),
         norm_topk=norm_topk,
         untie=untie,
     )
     return cls(dense.config, shape)
 
 
-def _gate_ids(dense: Source, gate_init: str, texts: Any, copies: int) -> list[Any]:
-    """Check `gate_init` and its texts before anything is written; return token ids."""
-    if gate_init not in gates.GATE_INITS:
-        raise ConfigError(
-            f"unknown gate_init {gate_init!r}; one of {list(get_args(gates.GateInit))}"
-            f"{did_you_mean(gate_init, gates.GATE_INITS)}"
-        )
-    if (gate_init == "random") != (texts is None):
-        raise ConfigError(f"gate_init={gate_init!r} {'takes no' if texts else 'needs'} gate_texts")
-    if texts is None:
-        return []
-    if gate_init == "kmeans":
-        return _encode(dense, texts)
-    if len(texts) != copies or any(isinstance(group, str | Tensor) for group in texts):
-        raise ConfigError(f"gate_init='hidden' needs {copies} lists of prompts, one per expert")
-    return [_encode(dense, group) for group in texts]
-
-
-def _encode(dense: Source, texts: Sequence[Any]) -> list[Tensor]:
-    if all(isinstance(text, Tensor) for text in texts):
-        return list(texts)
-    if dense.folder is None:
-        raise ConfigError("gate_texts of a model in memory must be token ids, not text")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            dense.folder, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{dense.folder} has no tokenizer for gate_texts: {error}") from error
-    return [torch.tensor(tokenizer(text)["input_ids"]) for text in texts]
-
-
-def _dense_model(base: str | Path | PreTrainedModel, dtype: torch.dtype | None) -> PreTrainedModel:
-    if isinstance(base, PreTrainedModel):
-        return base
-    model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=dtype or "auto", trust_remote_code=False, local_files_only=True
-    )
-    return model.eval()
-
-
 def _gates(
-    base: str | Path | PreTrainedModel,
-    job: Job,
-    gate_init: str,
-    ids: list[Any],
-    copies: int,
-    std: float,
+    base: str | Path | PreTrainedModel, job: Job, first: GateSettings, copies: int
 ) -> dict[int, Tensor]:
-    if gate_init == "random":
-        if not 0 < std < float("inf"):
-            raise ConfigError(f"gate_std={std}: above 0; equal rows send all tokens one way")
+    if first.std is not None:
         width = job.target.dense.hidden_size
-        return gates.random_gates(job.target.moe_layers(), copies, width, std, job.seed)
-    model = _dense_model(base, None)
-    if gate_init == "hidden":
-        return gates.hidden_gates(model, ids)
-    return gates.kmeans_gates(model, ids, copies, job.seed)
+        return gates.random_gates(job.target.moe_layers(), copies, width, first.std, job.seed)
+    model = dense_model(base, job, None)
+    if first.init == "hidden":
+        return gates.hidden_gates(model, first.ids)
+    return gates.kmeans_gates(model, first.ids[0], copies, job.seed)
 
 
 def _write_config(writer: CheckpointWriter, target: Target, tensors: list[Any]) -> None:
@@ -239,26 +224,6 @@ def _write_config(writer: CheckpointWriter, target: Target, tensors: list[Any]) 
     widest = max(tensors, key=lambda tensor: tensor.nbytes).dtype
     config.dtype = widest
     writer.write_json("config.json", {**config.to_dict(), **target.json_fields()})
-
-
-def _compare(base: str | Path | PreTrainedModel, folder: Path, target: Target) -> Measured:
-    ids = probe_ids(target.dense.vocab_size, target.dense.max_position_embeddings)
-    if isinstance(base, PreTrainedModel):
-        dtype, mode = next(base.parameters()).dtype, base.training
-        reference = logits_of(base.eval(), ids)
-        base.train(mode)
-    else:
-        dtype = torch.float32
-        reference = logits_of(_dense_model(base, dtype), ids)
-    return compare(reference, logits_of(load_strictly(folder, dtype), ids), dtype)
-
-
-def _require(measured: Measured, tolerance: float) -> None:
-    if not measured.max_logit_difference <= tolerance:
-        raise ExportError(
-            f"the copies are not the base: logits differ by {measured.max_logit_difference:.1e} in "
-            f"{measured.dtype}, allowed {tolerance:.1e}"
-        )
 
 
 def _receipt(
@@ -271,11 +236,6 @@ def _receipt(
     tensors: list[Any],
 ) -> Receipt:
     sources = [job.dense, *(e for e in dict.fromkeys(job.experts) if e is not job.dense)]
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        name = DTYPE_NAMES[tensor.dtype]
-        sizes[name] = sizes.get(name, 0) + tensor.nbytes
-    base = job.dense.tensors().values()
     return Receipt(
         kind="upcycle",
         target=job.target.name,
@@ -287,9 +247,9 @@ def _receipt(
             "base" if i == 0 else f"expert {i - 1}": source.fingerprint()
             for i, source in enumerate(sources)
         },
-        dtype=sizes,
+        dtype=bytes_by_dtype(tensors),
         bytes_on_disk=writer.nbytes,
-        base_bytes=sum(torch.Size(shape).numel() * kind.itemsize for shape, kind in base),
+        base_bytes=bytes_of(job.dense.tensors()),
         engines=tuple(engines),
         measured=measured,
         tolerance=tolerance,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeadapt.export.dense import Glu, ffn_pieces
+from moeadapt.export.dense import Glu, ffn_pieces, filled
 from moeadapt.export.source import Source
 from moeadapt.export.targets import Target
 from moeadapt.export.variants import Variation, part, vary
@@ -56,6 +56,7 @@ class Job:
         ffn = Glu(*(source.read(piece.name, piece.rows) for piece in pieces))
         ffn = vary(ffn, self.variation, generator)
         for index in range(parts):
-            slots = self.target.expert(layer, copy * parts + index)
-            for slot, matrix in zip(slots, part(ffn, index, parts), strict=True):
-                yield writer.write_matrix(slot, matrix)
+            places = self.target.expert(layer, copy * parts + index)
+            own = filled(part(ffn, index, parts), self.target.shape.expert_width)
+            for place, matrix in zip(places, own, strict=True):
+                yield writer.write_matrix(place, matrix)

@@ -5,21 +5,25 @@ headers of all files; 4. put every matrix in its place; 5. refuse to finish whil
 6. flush to disk and rename.
 """
 
-import fcntl
-import glob
 import json
 import os
 import shutil
-import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from moeadapt.errors import ConfigError, ExportError
-from moeadapt.export.shards import Shard, Tensor, shards
-from moeadapt.export.targets.base import Slot
+from moeadapt.errors import ExportError
+from moeadapt.export.shards import PlannedTensor, Shard, shards
+from moeadapt.export.targets.base import Place
+from moeadapt.hidden_folder import (
+    HiddenFolder,
+    check_folder,
+    pwrite,
+    remove_leftovers,
+    writing,
+)
 
 INDEX = "model.safetensors.index.json"
 SPARE_BYTES = 1 << 20
@@ -53,7 +57,10 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, out_dir: str | Path, tensors: list[Tensor], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        out_dir: str | Path,
+        tensors: list[PlannedTensor],
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     ) -> None:
         """Check the place and lay out the files; writes nothing.
 
@@ -65,29 +72,35 @@ class CheckpointWriter:
         """
         self.out_dir = Path(os.path.abspath(out_dir))
         self._shards = shards(tensors, max_shard_bytes)
-        self._home: dict[str, tuple[Shard, Tensor]] = {
+        self._home: dict[str, tuple[Shard, PlannedTensor]] = {
             tensor.name: (shard, tensor) for shard in self._shards for tensor in shard.tensors
         }
         self._missing = {tensor.name: tensor.nbytes for tensor in tensors}
+        self._written: dict[str, list[tuple[int, int]]] = {}
         self.nbytes = sum(shard.nbytes for shard in self._shards)
         remove_leftovers(self.out_dir)
-        check_place(self.out_dir, self.nbytes)
-        self.folder = self.out_dir.parent / f".{self.out_dir.name}.partial-{uuid.uuid4().hex[:8]}"
+        check_folder(self.out_dir, self.nbytes + SPARE_BYTES)
+        self._hidden = HiddenFolder(self.out_dir)
         self._files: dict[str, int] = {}
-        self._lock: int | None = None
-        self._finished = False
 
     def __enter__(self) -> "CheckpointWriter":
-        """Create the hidden folder and the files, headers only."""
-        self.out_dir.parent.mkdir(parents=True, exist_ok=True)
-        self.folder.mkdir()
-        self._lock = _lock(self.folder)
-        for shard in self._shards:
-            path = self.folder / shard.file
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            self._files[shard.file] = file
-            _pwrite(file, memoryview(shard.header), 0)
-            os.truncate(file, shard.nbytes)
+        """Create the hidden folder and the files, headers only.
+
+        Raises:
+            ExportError: the disk does not take them; nothing is left behind.
+        """
+        try:
+            self._hidden.make()
+            for shard in self._shards:
+                path = self.folder / shard.file
+                with writing(path):
+                    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+                    self._files[shard.file] = file
+                    pwrite(file, memoryview(shard.header), 0)
+                    os.truncate(file, shard.nbytes)
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def __exit__(
@@ -97,11 +110,16 @@ class CheckpointWriter:
         trace: TracebackType | None,
     ) -> None:
         """Remove the hidden folder unless the checkpoint was finished."""
+        self._leave()
+
+    def _leave(self) -> None:
         self._close()
-        if not self._finished:
-            shutil.rmtree(self.folder, ignore_errors=True)
-        if self._lock is not None:
-            os.close(self._lock)
+        self._hidden.leave()
+
+    @property
+    def folder(self) -> Path:
+        """The hidden folder."""
+        return self._hidden.path
 
     def _close(self) -> None:
         while self._files:
@@ -111,46 +129,63 @@ class CheckpointWriter:
         """Write a whole tensor, cast to its dtype on disk; return its bytes.
 
         Raises:
-            ExportError: it is not planned, has another shape, was written before, or is not finite.
+            ExportError: it is not planned, has another shape, was written before, or is not finite,
+                or the disk does not take it.
         """
-        return self.write_matrix(Slot(name, tuple(value.shape), (0, 0)), value)
+        return self.write_matrix(Place(name, tuple(value.shape), (0, 0)), value)
 
-    def write_matrix(self, slot: Slot, value: torch.Tensor) -> int:
+    def write_matrix(self, place: Place, value: torch.Tensor) -> int:
         """Write one matrix of a tensor; return its bytes.
 
         Raises:
             ExportError: see `write`.
         """
-        if slot.name not in self._home:
-            raise ExportError(f"{slot.name} is not part of the planned checkpoint")
-        shard, tensor = self._home[slot.name]
-        expected = tensor.shape if slot.matrix == (0, 0) else slot.matrix
-        if slot.shape != tensor.shape or tuple(value.shape) != tuple(expected):
+        if place.name not in self._home:
+            raise ExportError(f"{place.name} is not part of the planned checkpoint")
+        shard, tensor = self._home[place.name]
+        expected = tensor.shape if place.matrix == (0, 0) else place.matrix
+        if place.shape != tensor.shape or tuple(value.shape) != tuple(expected):
             raise ExportError(
-                f"{slot.name}: {tuple(value.shape)} of {slot.shape} for {tensor.shape} on disk"
+                f"{place.name}: {tuple(value.shape)} of {place.shape} for {tensor.shape} on disk"
             )
         data = value.detach().to(device="cpu", dtype=tensor.dtype).contiguous()
         if not torch.isfinite(data).all():
-            raise ExportError(f"{slot.name} holds NaN or infinity in {tensor.dtype}")
+            raise ExportError(f"{place.name} holds NaN or infinity in {tensor.dtype}")
         size = data.numel() * tensor.dtype.itemsize
-        if size > self._missing[slot.name]:
-            raise ExportError(f"{slot.name} was written before")
+        start = place.start * tensor.dtype.itemsize
+        end = start + size
+        if not 0 <= start <= end <= tensor.nbytes:
+            raise ExportError(f"{place.name}: a matrix at {place.start} is outside {tensor.shape}")
+        written = self._written.setdefault(place.name, [])
+        if any(start < other_end and other_start < end for other_start, other_end in written):
+            raise ExportError(f"{place.name}: the matrix at {place.start} was written before")
         raw = data.reshape(-1).view(torch.uint8).numpy().data if size else memoryview(b"")
-        start = shard.starts[slot.name] + slot.start * tensor.dtype.itemsize
-        _pwrite(self._files[shard.file], raw, start)
-        self._missing[slot.name] -= size
+        with writing(self.folder / shard.file):
+            pwrite(self._files[shard.file], raw, shard.starts[place.name] + start)
+        written.append((start, end))
+        self._missing[place.name] -= size
         return size
 
     def write_json(self, file: str, content: Any) -> None:
-        """Write a JSON file beside the weights."""
+        """Write a JSON file beside the weights.
+
+        Raises:
+            ExportError: the disk does not take it.
+        """
         text = json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
-        (self.folder / file).write_text(text, encoding="utf-8")
+        with writing(self.folder / file):
+            (self.folder / file).write_text(text, encoding="utf-8")
 
     def copy_companions(self, folder: str | Path) -> None:
-        """Copy tokenizer and generation settings of a base, where it has them."""
+        """Copy tokenizer and generation settings of a base, where it has them.
+
+        Raises:
+            ExportError: one cannot be read, or the disk does not take it.
+        """
         for file in COMPANIONS:
             if (Path(folder) / file).is_file():
-                shutil.copyfile(Path(folder) / file, self.folder / file)
+                with writing(self.folder / file):
+                    shutil.copyfile(Path(folder) / file, self.folder / file)
 
     def complete(self) -> None:
         """Close the weights, so that the hidden folder can be loaded and checked.
@@ -172,69 +207,9 @@ class CheckpointWriter:
         """Flush everything to disk and give the folder its name.
 
         Raises:
-            ExportError: a tensor is missing, or the place was taken in the meantime.
+            ExportError: a tensor is missing, the place was taken in the meantime, or the disk does
+                not take everything.
         """
         self.complete()
-        for path in (*sorted(self.folder.iterdir()), self.folder):
-            _sync(path)
-        try:
-            os.rename(self.folder, self.out_dir)
-        except OSError as error:
-            raise ExportError(f"{self.out_dir} was taken while it was written: {error}") from error
-        self._finished = True
-        _sync(self.out_dir.parent)
+        self._hidden.finish()
         return self.out_dir
-
-
-def remove_leftovers(out_dir: Path) -> None:
-    """Remove the hidden folders that killed runs left beside `out_dir`; not those in use."""
-    for folder in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.partial-*"):
-        lock = _lock(folder)
-        if lock is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(folder: Path) -> int | None:
-    """Return an open file that locks `folder` while its process lives; None if another has it."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(file)
-        return None
-    return file
-
-
-def check_place(out_dir: Path, nbytes: int) -> None:
-    """Check that `out_dir` is free and its disk has room.
-
-    Raises:
-        ConfigError: it is occupied, or there is too little room.
-    """
-    if out_dir.exists() and not (out_dir.is_dir() and not any(out_dir.iterdir())):
-        raise ConfigError(f"{out_dir} exists; name a new folder or empty it")
-    parent = out_dir.parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    needed = nbytes + SPARE_BYTES
-    if free < needed:
-        raise ConfigError(
-            f"{out_dir} needs {needed / 1e9:.2f} GB and {parent} has {free / 1e9:.2f} GB free"
-        )
-
-
-def _pwrite(file: int, data: memoryview, start: int) -> None:
-    data = data.cast("B")
-    while len(data):
-        written = os.pwrite(file, data, start)
-        data, start = data[written:], start + written
-
-
-def _sync(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

@@ -34,7 +34,9 @@ def load_base(
         AssetError: the model cannot be read or downloaded.
     """
     path = resolve_model(run.model_name_or_path)
-    extra: dict[str, Any] = {"num_labels": 1} if objective.task_type == "SEQ_CLS" else {}
+    extra: dict[str, Any] = {"trust_remote_code": False}
+    if objective.task_type == "SEQ_CLS":
+        extra["num_labels"] = 1
     if run.attn_implementation:
         extra["attn_implementation"] = run.attn_implementation
     quantization = _quantization(run)
@@ -44,7 +46,9 @@ def load_base(
         model = _AUTO[objective.task_type].from_pretrained(
             path, revision=run.model_revision, dtype=run.dtype, **extra
         )
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=run.model_revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, revision=run.model_revision, trust_remote_code=False
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -60,7 +64,9 @@ def empty_base(run: RunArguments, objective: Objective) -> PreTrainedModel:
     """
     path = resolve_model(run.model_name_or_path)
     with _readable(run):
-        config = AutoConfig.from_pretrained(path, revision=run.model_revision)
+        config = AutoConfig.from_pretrained(
+            path, revision=run.model_revision, trust_remote_code=False
+        )
     if objective.task_type == "SEQ_CLS":
         config.num_labels = 1
     with torch.device("meta"):

@@ -8,8 +8,10 @@ temperature, the loss times its square); as the second step after gathering the 
 teacher alone, at the tokens that have a label.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +23,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeadapt.errors import ConfigError
+from moeadapt.hidden_folder import check_folder
 from moeadapt.tuner.layer import MoeLoraLinear
-from moeadapt.tuner.plain import (
-    Pair,
-    adapter_config,
-    adapter_layers,
-    check_folder,
-    plain_lora,
-    save_plain,
-)
-from moeadapt.tuner.probe import IGNORED, Loss, measure_loss, read_batches
+from moeadapt.tuner.plain import Pair, adapter_config, adapter_layers, plain_lora, save_plain
+from moeadapt.tuner.probe import IGNORED, Batch, Loss, evaluating, measure_loss, read_batches
+
+TRAINING_ROWS = 128
+"""Training rows that the divergence is measured on at most where no rows are held out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +38,9 @@ class DistillResult:
 
     Attributes:
         model: the LoRA as a PEFT model, over the same base tensors as the mixture.
-        divergence: mean KL divergence from the mixture at the end of training, in nats per token.
+        divergence: KL(mixture || LoRA) after training, at temperature 1, in nats per labelled
+            token, over the held-out rows; where none were held out, over the first
+            `TRAINING_ROWS` training rows.
         mixture: held-out loss of the mixture; None: nothing was held out.
         merged: held-out loss of the LoRA.
         base: held-out loss without an adapter.
@@ -73,15 +74,28 @@ class DistillTrainer(trl.SFTTrainer):
 
         Args:
             args: the trainer's own.
-            teacher: gives the logits; in eval mode from now on.
+            teacher: gives the logits; on the trainer's device and in eval mode from now on.
             temperature: both logits are divided by it, > 0; above 1 weighs unlikely tokens more.
             kw: the trainer's own.
+
+        Raises:
+            ConfigError: `temperature` is not positive.
         """
         if not temperature > 0:
             raise ConfigError(f"temperature={temperature!r} must be positive")
         super().__init__(*args, **kw)
         self.teacher = teacher.to(self.args.device).eval()
         self.temperature = temperature
+
+    def first_batches(self, rows: int) -> Iterator[Batch]:
+        """Yield the first `rows` training rows as the trainer reads them, unshuffled."""
+        collate = self._get_collator_with_removed_columns(self.data_collator)
+        data: Any = self.train_dataset
+        first, size = iter(islice(data, rows)), self.args.per_device_train_batch_size
+        while own := list(islice(first, size)):
+            inputs = dict(collate(own))
+            labels = inputs.pop("labels")
+            yield Batch(inputs=inputs, labels=labels)
 
     def compute_loss(
         self,
@@ -92,10 +106,10 @@ class DistillTrainer(trl.SFTTrainer):
     ) -> Any:
         """See `transformers.Trainer.compute_loss`; `num_items_in_batch` counts labels."""
         labels = inputs["labels"]
-        asked = {k: v for k, v in inputs.items() if k != "labels"} | {"use_cache": False}
+        asked = {k: v for k, v in inputs.items() if k != "labels"}
         with torch.no_grad():
-            wanted = self.teacher(**asked).logits
-        outputs = model(**asked)
+            wanted = self.teacher(**asked, use_cache=False).logits
+        outputs = model(**asked, use_cache=False)
         total = divergence(outputs.logits, wanted, labels, self.temperature)
         count: Any = num_items_in_batch
         if count is None:
@@ -163,48 +177,101 @@ def distill(
         trainer_options: passed on to the trainer.
 
     Raises:
-        ConfigError: a setting is wrong, or the model has no such adapter.
-        ExportError: `out_dir` cannot be written.
+        ConfigError: a setting is wrong, the model has no such adapter, no token of `held_out` (or
+            of the first training rows) has a label, or `out_dir` is occupied or its disk too full.
+        ExportError: `out_dir` was taken while it was written.
     """
     adapter_config(model, adapter)
     if out_dir is not None:
         check_folder(out_dir)
     if rank is not None and (rank < 1 or student is not None):
         raise ConfigError(f"rank={rank} must be at least 1, and goes without student=")
-    batches = None
+    held = None
     if held_out is not None:
-        batches = read_batches(held_out, tokenizer=tokenizer, domains=held_out_domains)
+        held = read_batches(held_out, tokenizer=tokenizer, domains=held_out_domains)
     teacher: Any = model
-    modes = {name: module.training for name, module in model.named_modules()}
-    lora: Any = student or _fresh(teacher, adapter, rank)
-    _train_lora_only(lora)
-    trainer = DistillTrainer(
-        lora,
-        args=args,
-        train_dataset=train_dataset,
-        processing_class=tokenizer,
-        teacher=teacher,
-        temperature=temperature,
-        **trainer_options,
-    )
-    trainer.train()
-    lora = trainer.accelerator.unwrap_model(trainer.model).eval()
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    last = history[-1] if history else trainer.state.log_history[-1].get("train_loss", float("nan"))
-    if out_dir is not None and trainer.is_world_process_zero():
-        save_plain(lora, Path(out_dir))
-    losses: dict[str, Loss | None] = {}
-    if batches is not None:
-        with lora.disable_adapter():
-            losses["base"] = measure_loss(lora, batches)
-        losses |= {
-            "mixture": measure_loss(model, batches),
-            "merged": measure_loss(lora, batches),
-        }
-    for name, module in model.named_modules():
-        module.training = modes[name]
-    folder = None if out_dir is None else Path(out_dir)
-    return DistillResult(model=lora, divergence=last, out_dir=folder, **losses)
+    with _as_it_was(teacher):
+        lora: Any = _fresh(teacher, adapter, rank) if student is None else student
+        _train_lora_only(lora)
+        trainer = DistillTrainer(
+            lora,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=tokenizer,
+            teacher=teacher,
+            temperature=temperature,
+            **trainer_options,
+        )
+        probe = list(trainer.first_batches(TRAINING_ROWS)) if held is None else held
+        _check_labels(probe, "the first training rows" if held is None else "held_out")
+        trainer.train()
+        lora = trainer.accelerator.unwrap_model(trainer.model).eval()
+        if out_dir is not None and trainer.is_world_process_zero():
+            save_plain(lora, Path(out_dir))
+        return DistillResult(
+            model=lora,
+            divergence=measure_divergence(lora, teacher, probe),
+            out_dir=None if out_dir is None else Path(out_dir),
+            **({} if held is None else _losses(teacher, lora, held)),
+        )
+
+
+def measure_divergence(student: nn.Module, teacher: nn.Module, batches: Iterable[Batch]) -> float:
+    """Return KL(teacher || student) in eval mode, at temperature 1, in nats per labelled token.
+
+    Args:
+        student: gives logits [rows, tokens, vocabulary].
+        teacher: gives logits of the same shape.
+        batches: what both are called with; its labels say which tokens count.
+
+    Raises:
+        ConfigError: no token has a label.
+    """
+    batches = list(batches)
+    _check_labels(batches, "the data")
+    total, tokens = 0.0, 0
+    with evaluating(student), evaluating(teacher):
+        for batch in batches:
+            mine, theirs = _answer(student, batch.inputs), _answer(teacher, batch.inputs)
+            labels = batch.labels.to(mine.device)
+            total += float(divergence(mine, theirs.to(mine.device), labels))
+            tokens += int((labels[:, 1:] != IGNORED).sum())
+    return total / tokens
+
+
+def _answer(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    device = next(model.parameters()).device
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return model(**moved, use_cache=False).logits
+
+
+def _check_labels(batches: Sequence[Batch], where: str) -> None:
+    if not any((batch.labels[:, 1:] != IGNORED).any() for batch in batches):
+        raise ConfigError(
+            f"no token of {where} has a label to compare answers at; give longer rows, or a larger "
+            "max_length where it cuts off all that follows the prompts"
+        )
+
+
+def _losses(model: PeftModel, lora: PeftModel, batches: Sequence[Batch]) -> dict[str, Any]:
+    with lora.disable_adapter():
+        base = measure_loss(lora, batches)
+    found = {"mixture": measure_loss(model, batches), "merged": measure_loss(lora, batches)}
+    return {**found, "base": base}
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give every module its mode and every parameter its `requires_grad` back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def _fresh(model: PeftModel, adapter: str, rank: int | None) -> PeftModel:

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -78,6 +79,7 @@ def plan_model(model: nn.Module, recipe: Recipe) -> Plan:
     context = find_context(peft_model)
     heads = {} if context is None else context.heads.get("default", {})
     idle = sum(_idle(layer) for layer in layers if isinstance(layer, MoeLoraLinear))
+    idle += _idle_stacked(peft_model)
     run = recipe.run
     weight_bytes = 0.5625 if run.load_in_4bit else 1 if run.load_in_8bit else _BYTES[run.dtype]
     # Trained weights are float32, with a gradient and Adam's two moments.
@@ -89,6 +91,20 @@ def plan_model(model: nn.Module, recipe: Recipe) -> Plan:
         routers=len(heads),
         adapter_bytes=4 * trainable,
         memory_bytes=int(base * weight_bytes) + 16 * trainable,
+    )
+
+
+def _idle_stacked(model: Any) -> int:
+    """LoRA parameters of a stock mixture's experts that one token leaves unused."""
+    layers = [m for m in model.modules() if isinstance(m, ParamWrapper) and m.num_experts > 1]
+    if not layers:
+        return 0
+    active = model.config.num_experts_per_tok
+    return sum(
+        sum(p.numel() for p in (*layer.lora_A.parameters(), *layer.lora_B.parameters()))
+        * (layer.num_experts - active)
+        // layer.num_experts
+        for layer in layers
     )
 
 

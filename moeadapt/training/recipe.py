@@ -8,6 +8,7 @@ nested fields take a dot: `--moe.router.k 1`.
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -200,14 +201,33 @@ def _adapter(values: dict[str, Any], places: Mapping[str, str], goal: Objective)
         )
     settings = {**settings, "task_type": goal.task_type}
     if section == "lora":
-        try:
-            return LoraConfig(**settings)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{place}: lora: {error}") from None
+        return _plain_lora(settings, f"{place}: lora")
     preset = settings.pop("preset", None)
     if preset is None:
         return MoeLoraConfig(**settings)
     return MoeLoraConfig.preset(preset, **settings)
+
+
+def _plain_lora(settings: Mapping[str, Any], place: str) -> LoraConfig:
+    try:
+        config = LoraConfig(**settings)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}") from None
+    # PEFT looks at these while it builds, some not at all.
+    whole = isinstance(config.r, int) and not isinstance(config.r, bool)
+    if not whole or config.r < 1:
+        raise ConfigError(f"{place}.r={config.r!r} must be a whole number of at least 1")
+    numbers = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+    for name, value in numbers.items():
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not math.isfinite(value)
+        ):
+            raise ConfigError(f"{place}.{name}={value!r} must be a number")
+    if not 0.0 <= config.lora_dropout < 1.0:
+        raise ConfigError(f"{place}.lora_dropout={config.lora_dropout} must be in [0, 1)")
+    return config
 
 
 def _refuse_unknown(

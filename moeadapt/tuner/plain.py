@@ -6,11 +6,7 @@ Letters: D in, O out, R rank.
 """
 
 import copy
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +20,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from moeadapt.errors import ConfigError, ExportError
+from moeadapt.errors import ConfigError
+from moeadapt.hidden_folder import new_folder
 from moeadapt.tuner.block import Block
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import detach_context, remove_hooks
@@ -86,9 +83,9 @@ def shared_base(model: PeftModel) -> nn.Module:
     remove_hooks(bare, Block)
     detach_context(bare)
     for name, module in list(bare.named_modules()):
-        inner = _inside(module)
-        if inner is not None:
-            parent, _, child = name.rpartition(".")
+        inner, (parent, _, child) = _inside(module), name.rpartition(".")
+        # What lay inside a wrapper that is gone is not put back.
+        if inner is not None and getattr(bare.get_submodule(parent), child, None) is module:
             setattr(bare.get_submodule(parent), child, inner)
     for leftover in ("peft_config", "_hf_peft_config_loaded"):
         vars(bare).pop(leftover, None)
@@ -163,7 +160,11 @@ def _targets(base: nn.Module, pairs: Mapping[str, Pair]) -> list[str]:
 
 
 def save_plain(lora: PeftModel, out: Path) -> None:
-    """Write a plain LoRA into the folder `out`, as PEFT does; see `new_folder`."""
+    """Write a plain LoRA into the folder `out`, as PEFT does.
+
+    Raises:
+        ConfigError, ExportError: see `new_folder`.
+    """
     need = sum(p.numel() * p.element_size() for p in _own(lora))
     with new_folder(out, need) as folder:
         lora.save_pretrained(str(folder), save_embedding_layers=False)
@@ -171,46 +172,3 @@ def save_plain(lora: PeftModel, out: Path) -> None:
 
 def _own(lora: PeftModel) -> Iterator[Tensor]:
     yield from get_peft_model_state_dict(lora, save_embedding_layers=False).values()
-
-
-@contextmanager
-def new_folder(out: str | Path, need: int) -> Iterator[Path]:
-    """Yield a hidden folder that becomes `out` if nothing is raised, and vanishes otherwise.
-
-    Args:
-        out: the folder to make.
-        need: bytes that will be written.
-
-    Raises:
-        ExportError: `out` exists and is not empty, or the disk is too full.
-    """
-    out = Path(out).absolute()
-    check_folder(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < need:
-        raise ExportError(f"{out} needs {need:,} bytes, but its disk has {free:,} left; free some")
-    hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=out.parent))
-    try:
-        hidden.chmod(0o777 & ~_umask())
-        yield hidden
-        os.replace(hidden, out)
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def check_folder(out: str | Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        ExportError: `out` exists and is not an empty folder.
-    """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} exists and is not an empty folder; name a new one, or remove it")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

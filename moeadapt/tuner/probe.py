@@ -151,7 +151,11 @@ def call(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def measure_loss(model: nn.Module, batches: Iterable[Batch]) -> Loss | None:
-    """Return the language-model loss of `model` in eval mode; None: it is no language model."""
+    """Return the language-model loss of `model` in eval mode; None: it is no language model.
+
+    Raises:
+        ConfigError: no token has a label.
+    """
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     total, tokens = 0.0, 0

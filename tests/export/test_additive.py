@@ -62,13 +62,13 @@ def test_base_ffn_in_the_shared_slot_plus_small_experts_is_the_formula(name, tar
             for fill in target.fills(layer):
                 writer.write(fill.name, torch.full(fill.shape, fill.value))
             for e, matrices in enumerate(experts):
-                for slot, matrix in zip(target.expert(layer, e), matrices, strict=True):
-                    writer.write_matrix(slot, matrix)
+                for place, matrix in zip(target.expert(layer, e), matrices, strict=True):
+                    writer.write_matrix(place, matrix)
             pieces = ffn_pieces(model.config, layer)
             own = [source.read(piece.name, piece.rows) for piece in pieces]
             own[2] *= target.shared_down_scale
-            for slot, matrix in zip(target.shared(layer), own, strict=True):
-                writer.write_matrix(slot, matrix)
+            for place, matrix in zip(target.shared(layer), own, strict=True):
+                writer.write_matrix(place, matrix)
         writer.write_json("config.json", {**target.config().to_dict(), **target.json_fields()})
         writer.finish()
     with torch.no_grad():

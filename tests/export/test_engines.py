@@ -3,7 +3,15 @@
 import pytest
 
 from moeadapt.errors import ConfigError, UnsupportedError
-from moeadapt.export.engines import ENGINES, EXACT, RULES, WRONG, check_engines, table, verdicts
+from moeadapt.export.engines import (
+    ENGINES,
+    EXACT,
+    RULES,
+    UNTESTED,
+    WRONG,
+    check_engines,
+    verdicts,
+)
 from moeadapt.export.targets import EXPORTERS, MoeShape
 from tests.export.bases import LLAMA3, base_config
 
@@ -41,6 +49,14 @@ WRONGS = {
         target, ("granite_moe", "granite"), {"attention_bias": True},
         {"vllm", "sglang", "llama.cpp"},
     ),
+    "granite with wide heads": (
+        target, ("granite_moe", "granite"), {"head_dim": 12}, {"vllm", "sglang", "llama.cpp"},
+    ),
+    "qwen2 with windows": (
+        target, ("qwen2_moe", "qwen2, window in one layer", {"norm_topk": False}), {},
+        {"vllm", "sglang", "llama.cpp"},
+    ),
+    "cohere2": (target, ("cohere2_moe", "cohere2"), {}, {"llama.cpp", "sglang"}),
     "mixtral": (target, ("mixtral", "llama"), {}, set()),
     "mixtral with gelu": (
         target, ("mixtral", "llama"), {"hidden_act": "gelu"}, {"vllm", "sglang", "llama.cpp"},
@@ -61,11 +77,34 @@ def test_an_engine_is_wrong_where_the_facts_say_so(case):
             check_engines(found, [engine])
 
 
-def test_transformers_is_exact_for_every_target():
-    for cls in EXPORTERS.values():
-        names = {rule for rule in RULES if "transformers" in rule.engines}
-        assert not names, cls
-    assert verdicts(target("mixtral", "llama"))[0].status == EXACT
+DENSE = {
+    "mixtral": "llama", "qwen2_moe": "qwen2", "qwen3_moe": "qwen3", "qwen3_5_moe": "qwen3_5",
+    "flex_olmo": "olmo2", "granite_moe": "granite", "granite_moe_shared": "granite",
+    "ernie4_5_moe": "ernie4_5", "cohere2_moe": "cohere2", "hunyuan_moe_v1": "hunyuan",
+    "lfm2_moe": "lfm2", "glm4_moe": "llama",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXPORTERS)
+def test_transformers_is_exact_for_every_target(name):
+    beside = {"shared_width": 64} if name in ("granite_moe_shared", "glm4_moe") else {}
+    found = {v.engine: v.status for v in verdicts(target(name, DENSE[name], beside))}
+    assert found["transformers"] == EXACT
+
+
+@pytest.mark.parametrize(
+    ("args", "config", "status"),
+    [
+        (("mixtral", "llama"), {}, EXACT),
+        (("mixtral", "llama"), {"rope_parameters": LLAMA3}, UNTESTED),
+        (("mixtral", "llama"), {"head_dim": 12}, UNTESTED),
+        (("mixtral", "mistral, window"), {}, WRONG),
+        (("ernie4_5_moe", "ernie4_5"), {}, UNTESTED),
+    ],
+)
+def test_llama_cpp_is_exact_only_where_it_was_measured(args, config, status):
+    found = {v.engine: v.status for v in verdicts(target(*args, **config))}
+    assert found["llama.cpp"] == status
 
 
 def test_an_unknown_engine_is_named_with_its_neighbour():
@@ -73,8 +112,8 @@ def test_an_unknown_engine_is_named_with_its_neighbour():
         check_engines(target("mixtral", "llama"), ["llamacpp"])
 
 
-def test_the_table_for_the_documentation_names_only_what_exists():
-    for row in table():
-        assert set(row["engines"]) <= set(ENGINES)
-        assert set(row["targets"]) <= set(EXPORTERS)
-        assert row["reason"]
+def test_rules_name_only_what_exists():
+    for rule in RULES:
+        assert rule.engines <= set(ENGINES)
+        assert rule.targets <= set(EXPORTERS)
+        assert rule.reason

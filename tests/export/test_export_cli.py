@@ -52,7 +52,7 @@ def test_the_verb_writes_what_loads_without_moeadapt(tmp_path):
     )
     again = run_cli("export", adapter, "--out", out)
     assert again.returncode == 2
-    assert "name a new folder" in again.stderr
+    assert "name a new one" in again.stderr
 
 
 def tokenizer(folder):

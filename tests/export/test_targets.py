@@ -131,7 +131,6 @@ def test_a_router_that_the_class_cannot_compute_is_refused():
     ("target", "name", "fields", "reason"),
     [
         ("mixtral", "llama", {"norm_topk": False}, "always normalises"),
-        ("mixtral", "llama", {"scale": 2.0}, "fold it into down_proj"),
         ("mixtral", "llama", {"dense_layers": (0,)}, "a mixture in every layer"),
         ("qwen3_moe", "qwen3", {"dense_layers": (2,)}, "the base has 2 layers"),
         ("glm4_moe", "qwen3", {"shared_width": 64, "expert_width": 24}, r"\[16, 32\]"),
@@ -143,7 +142,7 @@ def test_a_shape_that_a_class_cannot_have_is_refused(target, name, fields, reaso
 
 
 @pytest.mark.parametrize(
-    "fields", [{"num_experts": 1}, {"top_k": 0}, {"top_k": 5}, {"expert_width": 0}, {"scale": 0.0}]
+    "fields", [{"num_experts": 1}, {"top_k": 0}, {"top_k": 5}, {"expert_width": 0}]
 )
 def test_sizes_out_of_range_are_refused(fields):
     with pytest.raises(ConfigError):

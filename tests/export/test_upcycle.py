@@ -8,6 +8,8 @@ import torch
 from torch.testing import assert_close
 
 from moeadapt.errors import ConfigError, ExportError, UnsupportedError
+from moeadapt.export import upcycle_job
+from moeadapt.export.dense import Glu
 from moeadapt.export.receipt import RECEIPT, Receipt
 from moeadapt.export.upcycle import upcycle
 from moeadapt.export.verify import load_strictly
@@ -107,9 +109,15 @@ def test_bfloat16_is_written_when_asked_for_and_the_receipt_says_so(bases, tmp_p
     assert receipt.measured.kl > 0
 
 
-def test_a_result_that_is_not_the_base_fails_and_leaves_nothing(bases, tmp_path):
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_result_that_is_not_the_base_fails_and_leaves_nothing(
+    dtype, bases, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        upcycle_job, "filled", lambda ffn, width: Glu(ffn.gate, ffn.up, 2 * ffn.down)
+    )
     with pytest.raises(ExportError, match="the copies are not the base"):
-        upcycle(saved("llama", bases), tmp_path / "moe", 2, 1, dtype=torch.bfloat16)
+        upcycle(saved("llama", bases), tmp_path / "moe", 2, 1, dtype=dtype)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -158,6 +166,7 @@ REFUSED = {
     "an unknown gate": ({"gate_init": "randon"}, ConfigError, "did you mean 'random'"),
     "gates without texts": ({"gate_init": "kmeans"}, ConfigError, "needs gate_texts"),
     "texts without use": ({"gate_texts": ["a"]}, ConfigError, "takes no gate_texts"),
+    "no texts without use": ({"gate_texts": []}, ConfigError, "have no effect there"),
     "texts without tokenizer": (
         {"gate_init": "kmeans", "gate_texts": ["a"]}, ConfigError, "no tokenizer",
     ),
@@ -165,6 +174,13 @@ REFUSED = {
         {"gate_init": "hidden", "gate_texts": [["a"]]}, ConfigError, "2 lists of prompts",
     ),
     "equal gates": ({"gate_std": 0.0}, ConfigError, "gate_std=0.0"),
+    "a negative tolerance": ({"tolerance": -1.0}, ConfigError, "at least 0 and finite"),
+    "a tolerance of what differs": (
+        {"noise": 0.5, "tolerance": 1e-9}, ConfigError, "no effect with sources, noise",
+    ),
+    "a tolerance of what is not verified": (
+        {"verify": False, "tolerance": 1e-9}, ConfigError, "no effect with verify=False",
+    ),
     "too few tokens": (
         {"gate_init": "kmeans", "gate_texts": [torch.tensor([5])]}, ConfigError, "1 tokens for 2",
     ),
@@ -188,3 +204,31 @@ def test_an_engine_that_would_be_wrong_is_refused_with_what_to_change(bases, tmp
         upcycle(folder, tmp_path / "a", 3, 2, engines=["llama.cpp"])
     receipt = upcycle(folder, tmp_path / "b", 3, 3, engines=["llama.cpp"], untie=True)
     assert receipt.measured.max_logit_difference <= 1e-4
+
+
+def test_a_narrower_type_on_disk_promises_nothing_but_rounding(tmp_path):
+    folder = saved("llama", tmp_path)
+    receipt = upcycle(folder, tmp_path / "moe", 2, 1, dtype=torch.bfloat16)
+    assert receipt.tolerance is None
+    assert 1e-3 < receipt.measured.max_logit_difference < 1.0
+    with pytest.raises(ExportError, match="set tolerance"):
+        upcycle(folder, tmp_path / "no", 2, 1, dtype=torch.bfloat16, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_memory_is_compared_in_its_own_type(dtype, tmp_path):
+    receipt = upcycle(base("llama").to(dtype), tmp_path / "moe", 2, 1)
+    assert receipt.measured.dtype == str(dtype).removeprefix("torch.")
+    assert receipt.tolerance == (1e-4 if dtype == torch.float64 else None)
+
+
+@pytest.mark.parametrize(("width", "granularity"), [(30, 1), (36, 1), (24, 2), (40, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_that_grouped_kernels_lack_are_filled_up(width, granularity, dtype, tmp_path):
+    model = base("llama", intermediate_size=width).to(dtype)
+    upcycle(model, tmp_path / "moe", 2, 2, granularity=granularity)
+    found = load_strictly(tmp_path / "moe", dtype)
+    assert found.config.intermediate_size == -(-width // granularity // 8) * 8
+    found.set_experts_implementation("grouped_mm")
+    tolerance = 1e-4 if dtype == torch.float32 else 1.0
+    assert_close(logits(found).float(), logits(model).float(), rtol=0.0, atol=tolerance)

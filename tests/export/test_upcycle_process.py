@@ -107,9 +107,30 @@ def test_the_folder_has_the_permissions_of_the_user(tmp_path):
 
 def test_the_command_prints_the_receipt_that_it_wrote(tmp_path):
     folder, out = saved("qwen3", tmp_path / "in"), tmp_path / "moe"
-    done = run(*CLI, "upcycle", folder, out, "--num-experts", 2, "--top-k", 1, "--json")
+    done = run(*CLI, "upcycle", folder, "--out", out, "--num-experts", 2, "--top-k", 1, "--json")
     assert done.returncode == 0, done.stderr
     assert Receipt.from_dict(json.loads(done.stdout)) == Receipt.load(out)
+
+
+def test_every_setting_has_its_option(tmp_path):
+    texts, settings = tmp_path / "ids.json", []
+    texts.write_text("[[3, 4, 5], [6, 7]]")
+    folder = saved("qwen3", tmp_path / "in")
+    for out, extra in (
+        ("a", ["--gate-std", 0.5, "--tolerance", 0.5, "--engines", "transformers"]),
+        ("b", ["--no-norm-topk", "--no-verify"]),
+        ("c", ["--gate-init", "kmeans", "--gate-texts", texts, "--no-verify"]),
+    ):
+        done = run(*CLI, "upcycle", folder, "--out", tmp_path / out, "--num-experts", 2, *extra)
+        assert done.returncode == 0, done.stderr
+        settings.append(Receipt.load(tmp_path / out))
+    assert settings[0].settings["gate_std"] == settings[0].tolerance == 0.5
+    refused = run(
+        *CLI, "upcycle", folder, "--out", tmp_path / "d", "--num-experts", 2, "--engines", "vlm"
+    )
+    assert "did you mean 'vllm'" in refused.stderr
+    assert [receipt.settings["norm_topk"] for receipt in settings] == [True, False, True]
+    assert settings[2].settings["gate_init"] == "kmeans"
 
 
 MISTAKES = """
@@ -119,7 +140,7 @@ for extra in json.loads(sys.argv[3]):
     text = io.StringIO()
     with contextlib.redirect_stderr(text):
         try:
-            app(["upcycle", *sys.argv[1:3], *extra])
+            app(["upcycle", sys.argv[1], "--out", sys.argv[2], *extra])
         except SystemExit as done:
             print(json.dumps([done.code, text.getvalue()]))
 """
@@ -127,16 +148,21 @@ for extra in json.loads(sys.argv[3]):
 
 def test_the_command_answers_mistakes_with_a_message_and_2(tmp_path):
     folder, out = saved("qwen3", tmp_path / "in"), tmp_path / "moe"
+    null = tmp_path / "null.json"
+    null.write_text("null")
     mistakes = {
         "at least 2": ["--num-experts", "1"],
         "did you mean 'qwen3_moe'": ["--num-experts", "2", "--target", "qwen3moe"],
         "dtype 'int8'": ["--num-experts", "2", "--dtype", "int8"],
         "none.json": ["--num-experts", "2", "--gate-texts", "none.json"],
+        "holds no list": ["--num-experts", "2", "--gate-texts", str(null)],
+        "gate_std=-1.0": ["--num-experts", "2", "--gate-std", "-1"],
+        "tolerance=-1.0": ["--num-experts", "2", "--tolerance", "-1"],
     }
     given = json.dumps(list(mistakes.values()))
     done = run(sys.executable, "-c", MISTAKES, folder, out, given)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [code for code, _ in answers] == [2] * 4, done.stderr
+    assert [code for code, _ in answers] == [2] * len(mistakes), done.stderr
     for message, (_, text) in zip(mistakes, answers, strict=True):
         assert message in text
         assert "Traceback" not in text

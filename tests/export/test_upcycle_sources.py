@@ -6,10 +6,12 @@ from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
+from moeadapt.embedded import MODELS
 from moeadapt.errors import ConfigError
 from moeadapt.export.upcycle import upcycle
 from moeadapt.export.verify import load_strictly
 from tests.export.bases import base, saved, token_ids
+from tests.toy import sentences, toy_tokenizer
 
 LINEARS = {
     "llama": ["q_proj", "gate_proj", "up_proj", "down_proj"],
@@ -145,3 +147,17 @@ def test_plain_peft_trains_attention_and_fused_experts_of_an_upcycled_model(tmp_
         moved = [value for name, value in change.items() if part in name and "lora_B" in name]
         assert moved
         assert min(moved) > 0, part
+
+
+@pytest.mark.parametrize("gate_init", ["random", "kmeans"])
+def test_an_embedded_name_is_a_base_and_a_source(gate_init, tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEADAPT_CACHE", str(tmp_path / "cache"))
+    name = "embedded:smollm2-135m"
+    folder = tmp_path / "cache" / MODELS[name].folder
+    base("llama").save_pretrained(folder)
+    toy_tokenizer().save_pretrained(folder)
+    texts = sentences(4) if gate_init == "kmeans" else None
+    receipt = upcycle(name, tmp_path / "a", 2, 1, gate_init=gate_init, gate_texts=texts)
+    assert receipt.measured.max_logit_difference <= 1e-4
+    upcycle(name, tmp_path / "b", sources=[name, folder], gate_init=gate_init, gate_texts=texts)
+    require_experts(tmp_path / "b", [base("llama")] * 2)

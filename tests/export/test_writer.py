@@ -1,24 +1,28 @@
 """The writer puts every matrix in its place, and gives a name only to what is complete."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from moeadapt import hidden_folder
 from moeadapt.errors import ConfigError, ExportError
-from moeadapt.export import writer as writer_module
-from moeadapt.export.shards import Tensor, shards
-from moeadapt.export.targets import Slot
+from moeadapt.export.shards import PlannedTensor, shards
+from moeadapt.export.targets import Place
 from moeadapt.export.writer import INDEX, CheckpointWriter
 
 PLAN = [
-    Tensor("a", (3, 5), torch.float32),
-    Tensor("b", (7,), torch.bfloat16),
-    Tensor("stack", (2, 3, 4), torch.float16),
-    Tensor("empty", (0, 4), torch.float32),
+    PlannedTensor("a", (3, 5), torch.float32),
+    PlannedTensor("b", (7,), torch.bfloat16),
+    PlannedTensor("stack", (2, 3, 4), torch.float16),
+    PlannedTensor("empty", (0, 4), torch.float32),
 ]
 
 
@@ -52,7 +56,7 @@ def test_a_stack_is_written_matrix_by_matrix(tmp_path):
     value = values()["stack"]
     with CheckpointWriter(tmp_path / "out", [PLAN[2]]) as writer:
         for index in (1, 0):
-            writer.write_matrix(Slot("stack", (2, 3, 4), (3, 4), index * 12), value[index])
+            writer.write_matrix(Place("stack", (2, 3, 4), (3, 4), index * 12), value[index])
         writer.finish()
     assert_close(load_file(tmp_path / "out/model.safetensors")["stack"], value, rtol=0.0, atol=0.0)
 
@@ -114,8 +118,8 @@ def test_a_place_taken_in_the_meantime_is_left_alone(tmp_path):
 
 
 def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    usage = type(writer_module.shutil.disk_usage(tmp_path))(1000, 900, 100)
-    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda path: usage)
+    usage = type(shutil.disk_usage(tmp_path))(1000, 900, 100)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ConfigError, match="GB free"):
         CheckpointWriter(tmp_path / "below" / "out", PLAN)
     assert list(tmp_path.iterdir()) == []
@@ -124,7 +128,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
 def test_everything_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     steps = []
     rename = os.rename
-    monkeypatch.setattr(writer_module, "_sync", lambda path: steps.append(path.name))
+    monkeypatch.setattr(hidden_folder, "_sync", lambda path: steps.append(path.name))
     monkeypatch.setattr(os, "rename", lambda a, b: (steps.append("rename"), rename(a, b)))
     with begin(tmp_path) as writer:
         for name, value in values().items():
@@ -147,3 +151,126 @@ def test_a_run_in_progress_is_left_alone_and_a_dead_one_is_removed(tmp_path):
             assert first.folder.exists()
             assert second.folder.exists()
     assert [path.name for path in tmp_path.iterdir()] == [other.name]
+
+
+def test_a_matrix_written_twice_does_not_stand_for_another(tmp_path):
+    value = values()["stack"]
+    with CheckpointWriter(tmp_path / "out", [PLAN[2]]) as writer:
+        writer.write_matrix(Place("stack", (2, 3, 4), (3, 4), 0), value[0])
+        for start in (0, 6):
+            with pytest.raises(ExportError, match=f"matrix at {start} was written before"):
+                writer.write_matrix(Place("stack", (2, 3, 4), (3, 4), start), value[0])
+        with pytest.raises(ExportError, match="not written"):
+            writer.finish()
+
+
+@pytest.mark.parametrize("start", [-1, 13])
+def test_a_matrix_outside_its_tensor_is_an_error(start, tmp_path):
+    value = values()["stack"]
+    with begin(tmp_path) as writer, pytest.raises(ExportError, match="is outside"):
+        writer.write_matrix(Place("stack", (2, 3, 4), (3, 4), start), value[0])
+
+
+def fails_with(number):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(("where", "call"), [(os, "pwrite"), (os, "truncate"), (Path, "mkdir")])
+def test_a_disk_that_fails_at_the_start_is_an_export_error_and_leaves_nothing(
+    where, call, tmp_path, monkeypatch
+):
+    failing = begin(tmp_path)
+    monkeypatch.setattr(where, call, fails_with(errno.ENOSPC))
+    with pytest.raises(ExportError, match=r"cannot write .*out.*free space below"), failing:
+        pass
+    assert list(tmp_path.iterdir()) == []
+    still_open = [os.path.realpath(file) for file in Path("/proc/self/fd").glob("*")]
+    assert not [file for file in still_open if str(tmp_path) in file]
+
+
+def test_a_disk_that_fails_later_is_an_export_error_that_names_the_file(tmp_path, monkeypatch):
+    wanted, base = values(), tmp_path / "base"
+    base.mkdir()
+    (base / "vocab.json").write_text("{}")
+    with pytest.raises(ExportError, match="written"), begin(tmp_path) as writer:
+        for name, value in wanted.items():
+            with monkeypatch.context() as patched:
+                patched.setattr(os, "pwrite", fails_with(errno.EDQUOT))
+                if value.numel():
+                    with pytest.raises(ExportError, match=r"model\.safetensors: .*free space"):
+                        writer.write(name, value)
+            writer.write(name, value)  # nothing counts as written that is not on disk
+        for number, hint in ((errno.EFBIG, "lower max_shard_bytes"), (errno.EIO, "check that")):
+            with monkeypatch.context() as patched:
+                patched.setattr(shutil, "copyfile", fails_with(number))
+                patched.setattr(Path, "write_text", fails_with(number))
+                patched.setattr(os, "fsync", fails_with(number))
+                for step in (
+                    lambda: writer.copy_companions(base),
+                    lambda: writer.write_json("config.json", {}),
+                    writer.finish,
+                ):
+                    with pytest.raises(ExportError, match=f"cannot write .*{hint}"):
+                        step()
+        raise ExportError("written")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_cleanup_that_comes_between_making_and_locking_is_survived(tmp_path, monkeypatch):
+    lock, seen = hidden_folder._lock, []
+
+    def slow(folder):
+        if not seen:  # another run locks it first, and removes it
+            other = lock(folder)
+            taken = lock(folder)
+            assert taken is None
+            shutil.rmtree(folder)
+            os.close(other)
+        elif len(seen) == 1:  # another run has removed it altogether
+            shutil.rmtree(folder)
+        seen.append(folder)
+        return lock(folder)
+
+    writer = begin(tmp_path)
+    monkeypatch.setattr(hidden_folder, "_lock", slow)
+    with writer:
+        assert len(set(seen)) == 3
+        assert writer.folder == seen[2]
+        monkeypatch.undo()
+        assert lock(writer.folder) is None
+        for name, value in values().items():
+            writer.write(name, value)
+        writer.finish()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_others_always_take_is_an_error(tmp_path, monkeypatch):
+    writer = begin(tmp_path)
+
+    def taken(folder):
+        shutil.rmtree(folder)
+
+    monkeypatch.setattr(hidden_folder, "_lock", taken)
+    with pytest.raises(ExportError, match="try again"), writer:
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_gets_its_name_during_the_cleanup_is_no_error(tmp_path, monkeypatch):
+    listed = tmp_path / ".out.partial-done"
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [listed])
+    begin(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_without_locks_is_written_and_its_leftovers_are_left(tmp_path, monkeypatch):
+    (tmp_path / ".out.partial-other").mkdir()
+    monkeypatch.setattr(fcntl, "flock", fails_with(errno.ENOLCK))
+    with begin(tmp_path) as writer:
+        for name, value in values().items():
+            writer.write(name, value)
+        writer.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial-other", "out"]

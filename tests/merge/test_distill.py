@@ -2,20 +2,23 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
+from transformers import TrainerCallback
 
 import moeadapt
-from moeadapt.errors import ConfigError, ExportError
-from moeadapt.training.distill import DistillTrainer, divergence
+from moeadapt.errors import ConfigError
+from moeadapt.training.distill import TRAINING_ROWS, DistillTrainer, divergence, measure_divergence
+from moeadapt.tuner.probe import read_batches
 from tests.tiny import adapted, batch, logits, tiny
 from tests.toy import sentences, toy_chat, toy_text, toy_tokenizer
 from tests.training.kit import arguments
 
+OPTIONS = ("out_dir", "student", "rank", "held_out", "temperature", "callbacks")
+
 
 def run(folder, model, rows=None, **fields):
-    options = {
-        k: fields.pop(k) for k in list(fields) if k in ("out_dir", "student", "rank", "held_out")
-    }
+    options = {k: fields.pop(k) for k in list(fields) if k in OPTIONS}
     return moeadapt.distill(
         model,
         toy_text() if rows is None else rows,
@@ -119,9 +122,91 @@ def test_wrong_requests_are_refused_before_training(tmp_path):
     model = adapted("llama", "layer")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("")
-    with pytest.raises(ExportError, match="not an empty folder"):
+    with pytest.raises(ConfigError, match="not an empty folder"):
         run(tmp_path, model, out_dir=tmp_path / "full")
     with pytest.raises(ConfigError, match="at least 1"):
         run(tmp_path, model, rank=0)
     with pytest.raises(ConfigError, match="must be positive"):
         DistillTrainer(teacher=model, temperature=0.0)
+
+
+def nats_per_token(mixture, student, data):
+    """Return the mean KL over labelled tokens, token by token."""
+    found = []
+    for inputs in data:
+        asked = {k: v for k, v in inputs.items() if k != "labels"}
+        p, q = logits(mixture, asked).log_softmax(-1), logits(student, asked).log_softmax(-1)
+        labels = inputs["labels"]
+        for row in range(len(labels)):
+            for t in range(labels.shape[1] - 1):
+                if labels[row, t + 1] != -100:
+                    found.append(float((p[row, t].exp() * (p[row, t] - q[row, t])).sum()))
+    return sum(found) / len(found)
+
+
+def labelled(seed):
+    found = batch(seed=seed)
+    labels = found["input_ids"].masked_fill(found["attention_mask"] == 0, -100)
+    labels[seed % 3, :4] = -100
+    return {**found, "labels": labels}
+
+
+def test_the_divergence_is_in_nats_per_held_out_token_at_any_temperature(tmp_path):
+    model, held = adapted("llama", "layer"), [labelled(0), labelled(1)]
+    for temperature in (1.0, 3.0):
+        result = run(
+            tmp_path, model, held_out=held, temperature=temperature, max_steps=2, logging_steps=1
+        )
+        expected = nats_per_token(model, result.model, held)
+        assert result.divergence == pytest.approx(expected, rel=1e-4)
+    assert measure_divergence(model, model, read_batches(held)) == pytest.approx(0, abs=1e-7)
+
+
+def test_without_held_out_rows_the_divergence_is_of_the_first_training_rows(tmp_path):
+    model, size = adapted("llama", "layer"), TRAINING_ROWS // 8
+    texts = sentences(TRAINING_ROWS + 20, seed=2)
+    rows = Dataset.from_list([{"text": text} for text in texts])
+    result = run(tmp_path, model, rows, max_steps=1, logging_strategy="no", max_length=32)
+    tokenizer, data = toy_tokenizer(), []
+    for start in range(0, TRAINING_ROWS, size):
+        own = [text + tokenizer.eos_token for text in texts[start : start + size]]
+        coded = tokenizer(own, return_tensors="pt", padding=True, padding_side="right")
+        mask = coded["attention_mask"]
+        labels = coded["input_ids"].masked_fill(mask == 0, -100)
+        data.append({"input_ids": coded["input_ids"], "attention_mask": mask, "labels": labels})
+    expected = nats_per_token(model, result.model, data)
+    assert result.divergence == pytest.approx(expected, rel=1e-4)
+
+
+class Stop(TrainerCallback):
+    """Fail in the middle of training."""
+
+    def on_step_end(self, *args, **kwargs):
+        raise KeyError("stop")
+
+
+def test_modes_and_gradients_are_given_back_even_when_training_fails(tmp_path):
+    model = adapted("llama", "layer").train()
+    model.get_base_model().model.norm.eval()
+    model.get_base_model().lm_head.weight.requires_grad_(True)
+
+    def state():
+        modes = [(n, m.training) for n, m in model.named_modules()]
+        return modes, [(n, p.requires_grad) for n, p in model.named_parameters()]
+
+    before = state()
+    with pytest.raises(KeyError, match="stop"):
+        run(tmp_path, model, max_steps=2, callbacks=[Stop()])
+    assert state() == before
+    run(tmp_path, model, max_steps=1)
+    assert state() == before
+
+
+def test_rows_without_labels_are_refused_before_training(tmp_path):
+    model = adapted("llama", "layer")
+    empty = {**labelled(0), "labels": torch.full((3, 9), -100)}
+    with pytest.raises(ConfigError, match="no token of held_out has a label"):
+        run(tmp_path, model, held_out=[empty], callbacks=[Stop()])
+    rows = Dataset.from_list([{"prompt": "w1 w2 w3 w4 w5", "completion": " w6"}] * 4)
+    with pytest.raises(ConfigError, match="no token of the first training rows has a label"):
+        run(tmp_path, model, rows, max_length=3, callbacks=[Stop()])

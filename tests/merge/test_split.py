@@ -65,3 +65,11 @@ def test_what_is_no_lora_is_refused(tmp_path, fields, error, message):
     with pytest.raises(error, match=message):
         moeadapt.split(adapted("llama", "layer", **fields), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_where_something_is_is_refused(tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    for place in (tmp_path, tmp_path / "mine.txt", tmp_path / "mine.txt" / "out"):
+        with pytest.raises(ConfigError, match=r"not an empty folder|is a file"):
+            moeadapt.split(adapted("llama", "layer"), place)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

@@ -175,6 +175,10 @@ def test_a_plain_lora_has_the_settings_of_peft():
         (["--lora.task_type", "SEQ_CLS"], "leave it out"),
         (["--lora.r", "4", "--router_learning_rate", "1e-3"], "no routers of its own"),
         (["--lora.layers_pattern", "h"], "lora: "),
+        (["--lora.r", "-1"], "lora.r=-1 must be"),
+        (["--lora.r", "abc"], "lora.r='abc' must be"),
+        (["--lora.lora_alpha", "x"], "lora.lora_alpha='x' must be"),
+        (["--lora.lora_dropout", "1.5"], r"in \[0, 1\)"),
     ],
 )
 def test_mistakes_in_a_plain_lora_are_refused(flags, message):

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from transformers import PretrainedConfig
 
 from moeadapt.errors import ConfigError, UnsupportedError, did_you_mean
-from moeadapt.export.targets.base import Fill, MoeShape, Slot, Target
+from moeadapt.export.targets.base import Fill, MoeShape, Place, Target
 from moeadapt.export.targets.cohere2_moe import Cohere2Moe
 from moeadapt.export.targets.ernie4_5_moe import Ernie45Moe
 from moeadapt.export.targets.flex_olmo import FlexOlmo
@@ -38,7 +38,7 @@ EXPORTERS: Mapping[str, type[Target]] = {
 }
 """Name -> target; where several fit a base, `auto` takes the first."""
 
-__all__ = ["EXPORTERS", "Fill", "MoeShape", "Slot", "Target", "find_target", "targets_of"]
+__all__ = ["EXPORTERS", "Fill", "MoeShape", "Place", "Target", "find_target", "targets_of"]
 
 ELSEWHERE = (
     "keep the model in transformers with moeadapt, or merge a trained mixture into an ordinary "

@@ -37,8 +37,7 @@ class MoeShape:
         top_k: experts per token, in [1, num_experts].
         expert_width: FFN width of one expert, at least 1.
         shared_width: FFN width of the always-on expert; 0 for none.
-        norm_topk: whether the weights of a token's experts sum to `scale`.
-        scale: multiplies the routed sum, above 0.
+        norm_topk: whether the weights of a token's experts sum to 1.
         untie: write the output head as its own tensor where the base shares it.
         dense_layers: layers that keep the FFN of the base.
     """
@@ -48,7 +47,6 @@ class MoeShape:
     expert_width: int
     shared_width: int = 0
     norm_topk: bool = True
-    scale: float = 1.0
     untie: bool = False
     dense_layers: tuple[int, ...] = ()
 
@@ -57,15 +55,15 @@ class MoeShape:
             raise ConfigError(f"num_experts={self.num_experts}: at least 2 make a mixture")
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k={self.top_k}: in [1, num_experts={self.num_experts}]")
-        if self.expert_width < 1 or self.shared_width < 0 or not self.scale > 0:
+        if self.expert_width < 1 or self.shared_width < 0:
             raise ConfigError(
-                f"expert_width={self.expert_width}, shared_width={self.shared_width}, "
-                f"scale={self.scale}: widths at least 1 and 0, scale above 0"
+                f"expert_width={self.expert_width}, shared_width={self.shared_width}: at least 1 "
+                "and 0"
             )
 
 
 @dataclass(frozen=True)
-class Slot:
+class Place:
     """Where one matrix lies on disk.
 
     Attributes:
@@ -102,14 +100,13 @@ class Target(ABC):
     bases: ClassVar[frozenset[str]] = frozenset()
     """Dense model types whose whole FFN can be an expert."""
     additive_bases: ClassVar[frozenset[str]] = frozenset()
-    """Dense model types whose FFN can sit in the shared slot beside small experts."""
+    """Dense model types whose FFN can sit in the shared place beside small experts."""
     scoring: ClassVar[str] = "softmax"
     """What turns a router's logits into weights: softmax or sigmoid."""
     norm_choices: ClassVar[tuple[bool, ...]] = (True,)
-    scales: ClassVar[bool] = False
     partial_layers: ClassVar[bool] = False
-    attention_biases: ClassVar[str] = "none"
-    """none, qkv (q, k and v only) or all (q, k, v and o), where the configuration asks for them."""
+    attention_biases: ClassVar[bool] = False
+    """Whether q, k, v and o have biases where the configuration asks for them."""
     sliding: ClassVar[str] = "none"
     """none, uniform (one window for all layers) or layers (a list of layer types)."""
     partial_rotary: ClassVar[bool] = False
@@ -139,7 +136,7 @@ class Target(ABC):
 
         Args:
             dense: the base's configuration.
-            additive: small experts beside the base's FFN, which sits in the shared slot.
+            additive: small experts beside the base's FFN, which sits in the shared place.
         """
         fields: Any = dense
         accepted = cls.additive_bases if additive else cls.bases
@@ -159,7 +156,7 @@ class Target(ABC):
     @classmethod
     def _attention_refusal(cls, fields: Any) -> str | None:
         biased = getattr(fields, "attention_bias", False)
-        if biased and cls.attention_biases != "all":
+        if biased and not cls.attention_biases:
             return "its attention has an output bias, and that of this class has none"
         rotary = (fields.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         if rotary != 1.0 and not cls.partial_rotary:
@@ -179,8 +176,6 @@ class Target(ABC):
                 f"norm_topk={shape.norm_topk}: this class "
                 f"{'always' if cls.norm_choices == (True,) else 'never'} normalises the weights"
             )
-        if shape.scale != 1.0 and not cls.scales:
-            return f"scale={shape.scale}: this class has no scale; fold it into down_proj"
         if shape.dense_layers and not cls.partial_layers:
             return "dense_layers: this class has a mixture in every layer"
         outside = [i for i in shape.dense_layers if not 0 <= i < dense.num_hidden_layers]
@@ -243,27 +238,27 @@ class Target(ABC):
         rows, columns = (width, self.dense.hidden_size), (self.dense.hidden_size, width)
         return Glu(rows, rows, columns)
 
-    def router(self, layer: int) -> Slot:
+    def router(self, layer: int) -> Place:
         """Return where the gate, E x D, of a layer is."""
         matrix = (self.shape.num_experts, self.dense.hidden_size)
-        return Slot(self._start(layer) + self.router_name, matrix, matrix)
+        return Place(self._start(layer) + self.router_name, matrix, matrix)
 
-    def expert(self, layer: int, expert: int) -> Glu[Slot]:
+    def expert(self, layer: int, expert: int) -> Glu[Place]:
         """Return where the matrices of one expert are."""
         start = self._start(layer)
         named = zip(self.expert_names, self._matrices(self.shape.expert_width), strict=True)
-        return Glu(*(Slot(start + n.format(expert=expert), m, m) for n, m in named))
+        return Glu(*(Place(start + n.format(expert=expert), m, m) for n, m in named))
 
-    def shared(self, layer: int) -> Glu[Slot] | None:
+    def shared(self, layer: int) -> Glu[Place] | None:
         """Return where the always-on expert is; None if the mixture has none."""
         if self.shape.shared_width == 0:
             return None
         return self._shared(layer, self.shape.shared_width)
 
-    def _shared(self, layer: int, width: int) -> Glu[Slot]:
+    def _shared(self, layer: int, width: int) -> Glu[Place]:
         assert self.shared_names is not None
         named = zip(self.shared_names, self._matrices(width), strict=True)
-        return Glu(*(Slot(self._start(layer) + n, m, m) for n, m in named))
+        return Glu(*(Place(self._start(layer) + n, m, m) for n, m in named))
 
     @property
     def shared_down_scale(self) -> float:
@@ -274,7 +269,7 @@ class Target(ABC):
         """Return tensors that the class has and a mixture does not need, with their value."""
         return ()
 
-    def slots(self, layer: int) -> Iterator[Slot]:
+    def places(self, layer: int) -> Iterator[Place]:
         """Iterate over everything of a layer's mixture that comes from weights."""
         yield self.router(layer)
         for expert in range(self.shape.num_experts):

@@ -16,7 +16,7 @@ class Cohere2Moe(Target):
     architecture = "Cohere2MoeForCausalLM"
     bases = frozenset({"cohere2"})
     additive_bases = frozenset({"cohere2"})
-    attention_biases = "all"
+    attention_biases = True
     sliding = "layers"
     shared_names: ClassVar[Glu[str] | None] = Glu(
         *(f"shared_experts.{n}_proj.weight" for n in ("gate", "up", "down"))

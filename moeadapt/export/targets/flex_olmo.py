@@ -12,7 +12,7 @@ class FlexOlmo(Target):
     architecture = "FlexOlmoForCausalLM"
     bases = frozenset({"olmo2"})
     norm_choices = (True, False)
-    attention_biases = "all"
+    attention_biases = True
 
     def fields(self) -> dict[str, Any]:
         """See `Target.fields`."""

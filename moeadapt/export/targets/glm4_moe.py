@@ -17,7 +17,6 @@ class Glm4Moe(Target):
     additive_bases = frozenset({"llama", "mistral", "phi3", "qwen2", "qwen3"})
     scoring = "sigmoid"
     norm_choices = (True, False)
-    scales = True
     partial_rotary = True
     shared_names: ClassVar[Glu[str] | None] = Glu(
         *(f"shared_experts.{n}_proj.weight" for n in ("gate", "up", "down"))
@@ -45,7 +44,7 @@ class Glm4Moe(Target):
             "num_mtp_layers": 0,
             "partial_rotary_factor": rope["partial_rotary_factor"],
             "rope_parameters": rope,
-            "routed_scaling_factor": self.shape.scale,
+            "routed_scaling_factor": 1.0,
             "topk_group": 1,
             "use_qk_norm": self.dense.model_type == "qwen3",
         }

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moeadapt.export.dense import Glu
-from moeadapt.export.targets.base import Slot, Target
+from moeadapt.export.targets.base import Place, Target
 
 MULTIPLIERS = (
     "embedding_multiplier",
@@ -19,7 +19,7 @@ class GraniteMoe(Target):
     name = "granite_moe"
     architecture = "GraniteMoeForCausalLM"
     bases = frozenset({"granite", "llama"})
-    attention_biases = "all"
+    attention_biases = True
     moe = "block_sparse_moe"
     router_name = "router.layer.weight"
 
@@ -44,14 +44,14 @@ class GraniteMoe(Target):
         """See `Target.json_fields`; TRL reads the name that other classes use."""
         return {"num_experts": self.shape.num_experts}
 
-    def expert(self, layer: int, expert: int) -> Glu[Slot]:
+    def expert(self, layer: int, expert: int) -> Glu[Place]:
         """See `Target.expert`; gate and up of all experts lie in one tensor, down in another."""
         experts, m, d = self.shape.num_experts, self.shape.expert_width, self.dense.hidden_size
         start = self._start(layer)
         name, whole = f"{start}input_linear.weight", (experts, 2 * m, d)
         first = expert * 2 * m * d
         return Glu(
-            Slot(name, whole, (m, d), first),
-            Slot(name, whole, (m, d), first + m * d),
-            Slot(f"{start}output_linear.weight", (experts, d, m), (d, m), expert * d * m),
+            Place(name, whole, (m, d), first),
+            Place(name, whole, (m, d), first + m * d),
+            Place(f"{start}output_linear.weight", (experts, d, m), (d, m), expert * d * m),
         )

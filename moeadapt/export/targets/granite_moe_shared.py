@@ -3,7 +3,7 @@
 from typing import Any
 
 from moeadapt.export.dense import Glu, prefix
-from moeadapt.export.targets.base import Slot
+from moeadapt.export.targets.base import Place
 from moeadapt.export.targets.granite_moe import GraniteMoe
 
 
@@ -19,11 +19,13 @@ class GraniteMoeShared(GraniteMoe):
         """See `Target.fields`."""
         return {**super().fields(), "shared_intermediate_size": self.shape.shared_width}
 
-    def shared(self, layer: int) -> Glu[Slot]:
+    def shared(self, layer: int) -> Glu[Place]:
         """See `Target.shared`; gate and up lie in one tensor."""
         s, d = self.shape.shared_width, self.dense.hidden_size
         name, whole = f"{prefix(layer)}shared_mlp.input_linear.weight", (2 * s, d)
         down = f"{prefix(layer)}shared_mlp.output_linear.weight"
         return Glu(
-            Slot(name, whole, (s, d)), Slot(name, whole, (s, d), s * d), Slot(down, (d, s), (d, s))
+            Place(name, whole, (s, d)),
+            Place(name, whole, (s, d), s * d),
+            Place(down, (d, s), (d, s)),
         )

@@ -12,7 +12,7 @@ class HunYuanMoEV1(Target):
     name = "hunyuan_moe_v1"
     architecture = "HunYuanMoEV1ForCausalLM"
     bases = frozenset({"hunyuan_v1_dense"})
-    attention_biases = "all"
+    attention_biases = True
     router_name = "gate.wg.weight"
     shared_names: ClassVar[Glu[str] | None] = Glu(
         *(f"shared_mlp.{n}_proj.weight" for n in ("gate", "up", "down"))
@@ -31,4 +31,4 @@ class HunYuanMoEV1(Target):
     def fills(self, layer: int) -> tuple[Fill, ...]:
         """See `Target.fills`."""
         silent = self._shared(layer, self.shape.expert_width)
-        return tuple(Fill(slot.name, slot.shape, 0.0) for slot in silent)
+        return tuple(Fill(place.name, place.shape, 0.0) for place in silent)

@@ -14,7 +14,6 @@ class Lfm2Moe(Target):
     bases = frozenset({"lfm2"})
     scoring = "sigmoid"
     norm_choices = (True, False)
-    scales = True
     moe = "feed_forward"
     expert_names: ClassVar[Glu[str]] = Glu(*(f"experts.{{expert}}.w{n}.weight" for n in (1, 3, 2)))
 
@@ -32,7 +31,7 @@ class Lfm2Moe(Target):
             "num_dense_layers": 0,
             "num_experts": self.shape.num_experts,
             "num_experts_per_tok": self.shape.top_k,
-            "routed_scaling_factor": self.shape.scale,
+            "routed_scaling_factor": 1.0,
             "use_expert_bias": True,
         }
 

@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 from moeadapt.export.dense import Glu
-from moeadapt.export.targets.base import Fill, Slot, Target
+from moeadapt.export.targets.base import Fill, Place, Target
 
 FILLER_WIDTH = 256
 """Width of the silent shared expert: a multiple of every engine's block size."""
@@ -16,7 +16,7 @@ class Qwen2Moe(Target):
     """Qwen2 and Qwen2.5, whole FFNs or small experts beside the base's.
 
     The class always has a shared expert. A mixture without one gets a silent one; the base's FFN in
-    that slot counts half, so that its down_proj is doubled.
+    that place counts half, so that its down_proj is doubled.
     """
 
     name = "qwen2_moe"
@@ -61,7 +61,7 @@ class Qwen2Moe(Target):
         """See `Target.fills`."""
         name = f"{self._start(layer)}shared_expert_gate.weight"
         gate = Fill(name, (1, self.dense.hidden_size), GATE_ENTRY)
-        silent: tuple[Slot, ...] = ()
+        silent: tuple[Place, ...] = ()
         if self.shape.shared_width == 0:
             silent = tuple(self._shared(layer, self._slot_width))
-        return (gate, *(Fill(slot.name, slot.shape, 0.0) for slot in silent))
+        return (gate, *(Fill(place.name, place.shape, 0.0) for place in silent))

@@ -23,7 +23,7 @@ class Qwen35Moe(Qwen2Moe):
     additive_bases = frozenset({"qwen3_5_text"})
     norm_choices = (True,)
     partial_layers = False
-    attention_biases = "all"
+    attention_biases = True
     sliding = "none"
     partial_rotary = True
 

@@ -13,7 +13,7 @@ class Qwen3Moe(Target):
     bases = frozenset({"qwen3"})
     norm_choices = (True, False)
     partial_layers = True
-    attention_biases = "all"
+    attention_biases = True
     sliding = "uniform"
 
     def fields(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The shared slot of classes that count it in experts: its width is a multiple of theirs."""
+"""The shared place of classes that count it in experts: its width is a multiple of theirs."""
 
 from moeadapt.export.targets.base import MoeShape
 
