@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         eval_dataset=eval_dataset if recipe.evaluates else None,
         processing_class=tokenizer,
         peft_config=recipe.adapter,
-        **recipe.run.router_options.keywords(),
+        **recipe.router_keywords,
     )
     trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()

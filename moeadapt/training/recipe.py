@@ -98,6 +98,11 @@ class Recipe:
         return isinstance(self.adapter, MoeLoraConfig)
 
     @property
+    def router_keywords(self) -> dict[str, float | None]:
+        """What our trainers take for the routers; nothing for TRL's own."""
+        return self.run.router_options.keywords() if self.is_mixture else {}
+
+    @property
     def evaluates(self) -> bool:
         """Whether the run asks for evaluation."""
         return self.trainer_args.eval_strategy != "no"

@@ -22,8 +22,6 @@ def build_trainer(recipe: Recipe) -> Any:
         extra["reward_funcs"] = get_reward(recipe.run.reward)
     train, test = load_data(recipe.run, goal.data)
     model, tokenizer = load_base(recipe.run, goal)
-    if recipe.is_mixture:
-        extra |= recipe.run.router_options.keywords()
     return goal.trainer_class(is_mixture=recipe.is_mixture)(
         model=model,
         args=recipe.trainer_args,
@@ -31,6 +29,7 @@ def build_trainer(recipe: Recipe) -> Any:
         eval_dataset=test if recipe.evaluates else None,
         processing_class=tokenizer,
         peft_config=fit_to_stock_moe(recipe.adapter, model),
+        **recipe.router_keywords,
         **extra,
     )
 

@@ -222,7 +222,7 @@ def test_a_step_costs_the_same_for_every_k_and_has_no_axis_of_experts_and_output
 def test_a_plan_counts_them():
     recipe = parse_recipe("sft", str(RECIPE), ["--use_cpu", "--bf16", "false"])
     moe = moe_config("glu", target_modules=["down_proj"], n_shared=1)
-    recipe = replace(recipe, moe=moe)
+    recipe = replace(recipe, adapter=moe)
     plan = plan_model(tiny("llama"), recipe)
     one, gate = 3 * HIDDEN * M, E * HIDDEN
     assert plan.trainable == 2 * ((E + 1) * one + gate)

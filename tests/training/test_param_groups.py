@@ -268,7 +268,7 @@ def test_a_recipe_passes_the_options_and_the_schedule_to_the_trainer(
     flags += ["--router-max-grad-norm", "0.5", "--moe.schedule.k.start", "4"]
     recipe = parse_recipe("sft", None, [*SFT, *flags, "--moe.schedule.k.steps", "9"])
     assert recipe.adapter.schedule["k"] == {"start": 4, "end": None, "steps": 9}
-    monkeypatch.setattr(run, "load_base", lambda *_: (None, None))
+    monkeypatch.setattr(run, "load_base", lambda *_: (nn.Linear(1, 1), None))
     monkeypatch.setattr(run, "load_data", lambda *_: (None, None))
     monkeypatch.setattr(Objective, "trainer_class", lambda _, is_mixture: dict)
     built = run.build_trainer(recipe)
