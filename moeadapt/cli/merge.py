@@ -1,6 +1,8 @@
 """`moeadapt merge ADAPTER --method ... --out DIR`: one ordinary LoRA in place of a mixture."""
 
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +100,11 @@ def merge(
             learning_rate=2e-4 if learning_rate is None else learning_rate,
             max_length=max_length,
         )
-        result = _distill(model, tokenizer, rows or [], training, out=out, rank=rank, held_out=held)
+        # What the trainer prints is progress, and stdout is for the result.
+        with redirect_stdout(sys.stderr):
+            result = _distill(
+                model, tokenizer, rows or [], training, out=out, rank=rank, held_out=held
+            )
     else:
         from moeadapt.export.merge import merge as run
 

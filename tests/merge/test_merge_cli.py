@@ -68,6 +68,15 @@ def test_merge_distills(folder, tmp_path):
     )
 
 
+def test_distilling_prints_json_alone(folder, tmp_path):
+    options = ["--method", "distill", "--steps", "2", "--data", folder / "plain.jsonl", "--json"]
+    (folder / "plain.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in sentences(10)))
+    done = call("merge", folder / "adapter", *options, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["method"] == {"name": "distill"}
+    assert "'loss'" in done.stderr
+
+
 def test_settings_are_read_without_a_base(folder, tmp_path):
     assert read_config(str(folder / "adapter")).placement == "ffn"
     with pytest.raises(ConfigError, match="has no adapter_config"):
