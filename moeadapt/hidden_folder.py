@@ -213,14 +213,6 @@ def writing(path: Path) -> Iterator[None]:
         raise ExportError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
 
 
-def pwrite(file: int, data: memoryview, start: int) -> None:
-    """Write all of `data` at byte `start` of an open file."""
-    data = data.cast("B")
-    while len(data):
-        written = os.pwrite(file, data, start)
-        data, start = data[written:], start + written
-
-
 def _sync(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     try:

@@ -127,6 +127,7 @@ def test_a_routing_cannot_be_changed_and_can_be_pickled():
 
 def test_shapes_that_disagree_are_refused_in_tests(request):
     if not request.config.getoption("jaxtyping_packages", default=None):
+        # The run of the compile tests switches them off; the default suite has them on.
         pytest.skip("run-time shape checks are off")
     zeros = torch.zeros(T, E)
     with pytest.raises(Exception, match=r"(?s)Type-check error.*probs"):

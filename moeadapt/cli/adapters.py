@@ -4,11 +4,25 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moeadapt.adapter_folder import read_settings
 from moeadapt.errors import AssetError, ConfigError
 
 ADAPTER_HELP = "Folder of a saved moeadapt adapter."
 BASE_HELP = "Base model; default: the one the adapter names."
 DTYPE_HELP = "Type the base is loaded in: auto, float32, bfloat16 or float16."
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(name: str | None) -> None:
+    """Refuse what is no type to load or write weights in; None is whatever they have.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if name is not None and name not in DTYPES:
+        raise ConfigError(f"--dtype {name!r}: one of {list(DTYPES)}")
 
 
 def load_adapter(folder: str, base: str | None, dtype: str) -> tuple[Any, Any]:
@@ -18,12 +32,12 @@ def load_adapter(folder: str, base: str | None, dtype: str) -> tuple[Any, Any]:
         ConfigError: `folder` holds no moeadapt adapter.
         AssetError: a file or the base model cannot be read.
     """
-    settings = _settings(Path(folder))
+    settings = read_settings(folder, "MOEADAPT")
     name = base or settings.get("base_model_name_or_path")
     if not name:
         raise ConfigError(f"{folder} does not say what its base model is; give --base")
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ConfigError(f"--dtype {dtype!r}: one of auto, float32, bfloat16, float16")
+    if dtype != "auto":
+        check_dtype(dtype)
     from peft import PeftModel
     from safetensors import SafetensorError
 
@@ -47,27 +61,10 @@ def read_config(folder: str) -> Any:
     Raises:
         ConfigError: `folder` holds no moeadapt adapter, or its settings are wrong.
     """
-    _settings(Path(folder))
+    read_settings(folder, "MOEADAPT")
     from moeadapt.tuner.config import MoeLoraConfig
 
     return MoeLoraConfig.from_pretrained(folder)
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"{folder} has no {' and no '.join(missing)}; give the folder of an adapter saved with "
-            "model.save_pretrained"
-        )
-    try:
-        settings = json.loads(paths[0].read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{paths[0]} is damaged: {error}") from None
-    if not isinstance(settings, dict) or settings.get("peft_type") != "MOEADAPT":
-        raise ConfigError(f"{folder} is no moeadapt adapter: peft_type is not 'MOEADAPT'")
-    return settings
 
 
 def read_rows(path: str) -> list[dict[str, Any]]:

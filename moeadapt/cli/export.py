@@ -6,10 +6,8 @@ from typing import Annotated
 
 import typer
 
-from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, load_adapter, read_config
+from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, check_dtype, load_adapter, read_config
 from moeadapt.cli.outcome import reports_errors
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,12 +41,10 @@ def export(
     as_json: bool = typer.Option(False, "--json", help="Print the receipt as JSON."),
 ) -> None:
     """Write a mixture and its base as one checkpoint that loads without moeadapt, and check it."""
-    from moeadapt.errors import ConfigError
     from moeadapt.export.refusals import check_settings
     from moeadapt.hidden_folder import check_folder
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r}: one of {list(DTYPES)}")
+    check_dtype(dtype)
     lines = None if probe is None else _lines(probe)
     check_folder(out)
     check_settings(read_config(adapter))
@@ -79,7 +75,7 @@ def _lines(path: str) -> list[str]:
     from moeadapt.errors import ConfigError
 
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from None
     lines = [line for line in lines if line.strip()]

@@ -5,9 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from moeadapt.cli.adapters import check_dtype
 from moeadapt.cli.outcome import reports_errors
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -60,11 +59,9 @@ def upcycle(
     """Write a dense checkpoint as a mixture of its FFNs that transformers loads as it is."""
     import torch
 
-    from moeadapt.errors import ConfigError
     from moeadapt.export.upcycle import upcycle as write
 
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"--dtype {dtype!r}: one of {list(DTYPES)}")
+    check_dtype(dtype)
     receipt = write(
         base,
         out,

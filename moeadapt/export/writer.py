@@ -20,7 +20,6 @@ from moeadapt.export.targets.base import Place
 from moeadapt.hidden_folder import (
     HiddenFolder,
     check_folder,
-    pwrite,
     remove_leftovers,
     writing,
 )
@@ -96,7 +95,7 @@ class CheckpointWriter:
                 with writing(path):
                     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                     self._files[shard.file] = file
-                    pwrite(file, memoryview(shard.header), 0)
+                    _pwrite(file, memoryview(shard.header), 0)
                     os.truncate(file, shard.nbytes)
         except BaseException:
             self._leave()
@@ -161,7 +160,7 @@ class CheckpointWriter:
             raise ExportError(f"{place.name}: the matrix at {place.start} was written before")
         raw = data.reshape(-1).view(torch.uint8).numpy().data if size else memoryview(b"")
         with writing(self.folder / shard.file):
-            pwrite(self._files[shard.file], raw, shard.starts[place.name] + start)
+            _pwrite(self._files[shard.file], raw, shard.starts[place.name] + start)
         written.append((start, end))
         self._missing[place.name] -= size
         return size
@@ -213,3 +212,11 @@ class CheckpointWriter:
         self.complete()
         self._hidden.finish()
         return self.out_dir
+
+
+def _pwrite(file: int, data: memoryview, start: int) -> None:
+    """Write all of `data` at byte `start` of an open file."""
+    data = data.cast("B")
+    while len(data):
+        written = os.pwrite(file, data, start)
+        data, start = data[written:], start + written

@@ -3,7 +3,6 @@
 Letters: D in, O out, r rank.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moeadapt.adapter_folder import WEIGHTS, read_settings
 from moeadapt.errors import ConfigError
 
 
@@ -52,19 +52,11 @@ def read_plain(folder: str | Path) -> dict[str, ScaledPair]:
 
 
 def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    paths = [folder / "adapter_config.json", folder / "adapter_model.safetensors"]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing:
-        raise ConfigError(
-            f"{folder} has no {' and no '.join(missing)}; give the folder of an adapter saved with "
-            "model.save_pretrained (pickled .bin files are not read)"
-        )
+    config = read_settings(folder, "LORA")
     try:
-        config, tensors = json.loads(paths[0].read_text(encoding="utf-8")), load_file(paths[1])
-    except (ValueError, SafetensorError) as error:
-        raise ConfigError(f"{folder} is damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ConfigError(f"{folder} is no LoRA adapter: peft_type is not 'LORA'")
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ConfigError(f"{folder / WEIGHTS} is damaged: {error}") from None
     odd = [name for name in _NOT_PLAIN if config.get(name)]
     if config.get("bias", "none") != "none":
         odd.append("bias")

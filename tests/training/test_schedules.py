@@ -399,7 +399,7 @@ def test_the_null_share_is_averaged_over_routers_that_have_null_experts(tmp_path
 def test_the_aux_loss_uses_the_coefficient_of_now() -> None:
     class Live(BalanceConfig):
         def loss(self, routing: Any, mixture: Any) -> Any:
-            raise NotImplementedError
+            raise NotImplementedError  # only the coefficient is asked for
 
         def coefficient(self, router: Any) -> Any:
             return torch.tensor(0.25)
