@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import transformers
-from placements import device_name
+from common import device_name
 
 import moeadapt
 from moeadapt.errors import UnsupportedError

@@ -9,21 +9,17 @@ their definition, and nothing is printed if that fails.
 """
 
 import argparse
-import csv
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
-import peft
 import torch
-import transformers
+from common import append_csv, where
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import moeadapt
-from moeadapt.dispatch import mix, mix_reference
+from moeadapt.dispatch import dispatch, dispatch_reference
 from moeadapt.experts import EXPERTS, BankSize
 from moeadapt.routing import TokenContext
 
@@ -97,7 +93,7 @@ def check_against_definition(args: argparse.Namespace) -> None:
     router = moeadapt.ROUTERS.parse({"name": "top_k", "k": args.k}).build(32, args.experts)
     weights = router.double()(x, TokenContext()).weights
     base = torch.randn(13, 24, dtype=torch.float64)
-    fast, slow = mix(x, weights, bank, base), mix_reference(x, weights, bank, base)
+    fast, slow = dispatch(x, weights, bank, base), dispatch_reference(x, weights, bank, base)
     torch.testing.assert_close(fast, slow)
 
 
@@ -166,21 +162,8 @@ def main() -> None:
         write_csv(args, rows)
 
 
-def device_name(device: str) -> str:
-    """Name the GPU, or the CPU as the kernel calls it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
 def write_csv(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
     """Append rows with sizes, versions, commit and device."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     common = {
         "hidden": args.hidden,
         "layers": args.layers,
@@ -189,20 +172,9 @@ def write_csv(args: argparse.Namespace, rows: list[dict[str, object]]) -> None:
         "rank": args.rank,
         "k": args.k,
         "dtype": args.dtype,
-        "device": device_name(args.device),
-        "threads": torch.get_num_threads(),
-        "commit": commit,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        **where(args.device),
     }
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *common])
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**row, **common} for row in rows)
+    append_csv(args.csv, [{**row, **common} for row in rows])
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ by, not to choose a winner.
 """
 
 import argparse
-import csv
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from common import append_csv, device_name
 from peft import get_peft_model
-from placements import device_name
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
@@ -173,13 +172,7 @@ def main() -> None:
     for row in table:
         print(row)
     if args.csv:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not args.csv.exists()
-        with args.csv.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(table[0]))
-            if fresh:
-                writer.writeheader()
-            writer.writerows(table)
+        append_csv(args.csv, table)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,8 @@ def select_top_k(scores: Float[Tensor, "T E"], k: int) -> Bool[Tensor, "T E"]:
     num_experts = scores.shape[-1]
     if k >= num_experts:
         return torch.ones_like(scores, dtype=torch.bool)
-    if num_experts <= _PAIRWISE_LIMIT or torch.compiler.is_compiling():
+    few = num_experts <= _PAIRWISE_LIMIT and (k > _FEWEST_PASSES or not scores.is_cpu)
+    if few or torch.compiler.is_compiling():
         index = torch.arange(num_experts, device=scores.device)
         mine, other = scores.unsqueeze(-1), scores.unsqueeze(-2)
         beats = (other > mine) | ((other == mine) & (index < index[:, None]))
@@ -137,5 +138,7 @@ def select_top_k(scores: Float[Tensor, "T E"], k: int) -> Bool[Tensor, "T E"]:
     return chosen
 
 
-# Comparing all pairs is elementwise, so it fuses; beyond this many experts k passes are cheaper.
+# Comparing all pairs is few launches, and fuses; beyond this many experts k passes are cheaper, and
+# on a CPU, where a launch costs nothing, up to this many passes in any case.
 _PAIRWISE_LIMIT = 16
+_FEWEST_PASSES = 4

@@ -82,6 +82,7 @@ def test_no_config_field_is_lost_in_a_round_trip(tmp_path):
         experts="shared_a",
         placement="linear",
         router_scope="block",
+        impl="concat",
         n_shared=1,
         target_modules=["q_proj", "up_proj"],
         exclude_modules=["k_proj"],
@@ -128,24 +129,24 @@ def products(run) -> int:
 
 def test_a_shared_a_is_applied_once():
     """HydraLoRA's code applies A once per B: 2.7 times a plain LoRA's time."""
-    from moeadapt.dispatch import mix
+    from moeadapt.dispatch import dispatch
 
     bank, x, onto = make_bank("shared_a"), hidden(), hidden(T, 5)
     weights = torch.rand(T, E, dtype=torch.float64)
-    assert products(lambda: mix(x, weights, bank, onto)) == 2
+    assert products(lambda: dispatch(x, weights, bank, onto)) == 2
 
 
 @experts
 def test_no_tensor_has_tokens_experts_and_outputs(expert):
     """Arrow and LD-MoLE build [tokens, experts, out]."""
-    from moeadapt.dispatch import mix
+    from moeadapt.dispatch import dispatch
 
     tokens, out = 211, 397
     bank = make_bank(expert, 8, out)
     x, onto = hidden(tokens).requires_grad_(), hidden(tokens, out)
     weights = torch.rand(tokens, E, dtype=torch.float64, requires_grad=True)
     with recorded() as kernels:
-        mix(x, weights, bank, onto).sum().backward()
+        dispatch(x, weights, bank, onto).sum().backward()
     assert max(kernel.size for kernel in kernels) <= tokens * out
 
 

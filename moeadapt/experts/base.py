@@ -19,39 +19,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moeadapt.experts.factor import Factor, multiply_onto
+from moeadapt.experts.generation import Generation
 from moeadapt.registry import ComponentConfig
-
-
-class Factor(nn.Module):
-    """One matrix of a bank: a leaf module with its own forward.
-
-    Computing inside the leaf is what ZeRO-3 and FSDP need to gather the matrix first.
-    """
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        """Allocate the matrix, zero."""
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(out_features, in_features))
-
-    def forward(
-        self,
-        x: Float[Tensor, "*T D"],
-        onto: Float[Tensor, "*T O"] | None = None,
-        inplace: bool = False,
-    ) -> Float[Tensor, "*T O"]:
-        """`x @ weight.T`, added to `onto` if given; the small matrix is cast, never `x`."""
-        weight = self.weight.to(x.dtype)
-        if onto is None:
-            return F.linear(x, weight)
-        if x.dim() != 2 or onto.dtype != x.dtype:  # noqa: PLR2004
-            return onto + F.linear(x, weight).to(onto.dtype)
-        if inplace:
-            return onto.addmm_(x, weight.t())
-        return torch.addmm(onto, x, weight.t())
-
-    def extra_repr(self) -> str:
-        """Show the shape."""
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +85,10 @@ class ExpertBank(ABC):
         refused: placement -> why this type cannot work there.
         needs_base: whether `apply_one` must be told the base output.
         linear: whether an expert is one matrix, so that `delta_weight` exists.
+        reads_with: the factor that `down` multiplies by, where it does nothing else; None: more.
         size: the sizes.
+        impl: the form that computes it, see `moeadapt.dispatch.choose`.
+        generation: what tells that tokens are being generated, so that matrices may be kept.
     """
 
     factor_names: ClassVar[tuple[str, ...]]
@@ -124,6 +97,7 @@ class ExpertBank(ABC):
     refused: ClassVar[Mapping[str, str]] = {}
     needs_base: ClassVar[bool] = False
     linear: ClassVar[bool] = True
+    reads_with: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -135,12 +109,56 @@ class ExpertBank(ABC):
         """Look at `factors[name][adapter]` for each factor name."""
         self.size = size
         self.config: Any = config
+        self.impl: Literal["auto", "concat", "grouped", "gather"] = "auto"
+        self.generation = Generation()
         self._factors = {name: factors[name] for name in self.factor_names}
         self._adapter = adapter
 
     def factor(self, name: str) -> Factor:
         """Return the leaf module that holds the factor."""
         return self._factors[name][self._adapter]  # type: ignore[return-value]
+
+    @property
+    def owns_ranks(self) -> bool:
+        """Whether expert e is its own rows of lora_A and columns of lora_B, `size.all_ranks`.
+
+        And nothing but the routing weights says how much of it is added.
+        """
+        return False
+
+    @property
+    def stacked(self) -> bool:
+        """Whether `owns_ranks`, and all experts have the same rank."""
+        return self.size.ranks is None and self.owns_ranks
+
+    @property
+    def scale(self) -> float:
+        """What routing weights are multiplied by on their way to `gate`."""
+        return self.size.scale
+
+    def scaled(self, weights: Float[Tensor, "*T E"], dtype: torch.dtype) -> Float[Tensor, "*T N"]:
+        """Return what `gate` takes: the weights and a 1 per shared expert, times `scale`."""
+        if self.size.num_shared:
+            weights = F.pad(weights, (0, self.size.num_shared), value=1.0)
+        return (weights * self.scale).to(dtype)
+
+    def apply(
+        self,
+        name: str,
+        x: Float[Tensor, "*T I"],
+        onto: Float[Tensor, "*T J"] | None = None,
+        inplace: bool = False,
+    ) -> Float[Tensor, "*T J"]:
+        """Multiply by a factor, see `Factor.forward`; while generating, by its kept copy."""
+        factor = self.factor(name)
+        if self.generation.keeps and factor.is_whole:
+            return multiply_onto(x, self.matrix(name, x.dtype), onto, inplace)
+        return factor(x, onto, inplace)
+
+    def matrix(self, name: str, dtype: torch.dtype) -> Float[Tensor, "J I"]:
+        """Return a factor that `is_whole`, in `dtype`."""
+        weight = self.factor(name).weight
+        return self.generation.cast(weight, dtype) if self.generation.keeps else weight.to(dtype)
 
     @classmethod
     @abstractmethod
@@ -161,9 +179,12 @@ class ExpertBank(ABC):
     def gate(
         self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"] | None
     ) -> Float[Tensor, "*T R"]:
-        """Multiply each expert's part of the axis by its weight and by `size.scale`.
+        """Multiply each expert's part of the axis by its weight.
 
-        N = routed + shared experts; None: every weight is 1.
+        Args:
+            hidden: what `down` returned.
+            weights: what `scaled` returned, N = routed + shared experts; None: `size.scale` for
+                every expert.
         """
 
     @abstractmethod

@@ -79,7 +79,7 @@ class GluBank(ExpertBank):
 
     def down(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T R"]:
         """See `ExpertBank.down`: the hidden axis of all experts."""
-        gate, up = _finite(self.factor("glu_gate")(x)), _finite(self.factor("glu_up")(x))
+        gate, up = _finite(self.apply("glu_gate", x)), _finite(self.apply("glu_up", x))
         return _finite(self.activation(gate) * up)
 
     def gate(
@@ -88,7 +88,7 @@ class GluBank(ExpertBank):
         """See `ExpertBank.gate`: the routing weights, not the experts' own gates."""
         if weights is None:
             return hidden * self.size.scale
-        scaled = (weights * self.size.scale).to(hidden.dtype).unsqueeze(-1)
+        scaled = weights.unsqueeze(-1)
         experts = hidden.unflatten(-1, (self.size.total_experts, self.size.rank))
         return multiply(experts, scaled).flatten(-2)
 
@@ -96,7 +96,7 @@ class GluBank(ExpertBank):
         self, gated: Float[Tensor, "*T R"], onto: Float[Tensor, "*T O"] | None, inplace: bool
     ) -> Float[Tensor, "*T O"]:
         """See `ExpertBank.up`."""
-        return self.factor("glu_down")(gated, onto, inplace)
+        return self.apply("glu_down", gated, onto, inplace)
 
     def apply_one(
         self, x: Float[Tensor, "T D"], expert: int, onto: Float[Tensor, "T O"] | None = None

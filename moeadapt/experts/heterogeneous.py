@@ -35,8 +35,7 @@ class HeterogeneousBank(LoraBank):
         """See `ExpertBank.gate`."""
         if weights is None:
             return hidden * self.size.scale
-        scaled = (weights * self.size.scale).to(hidden.dtype)
-        return multiply(hidden, _repeat(scaled, self.size.all_ranks))
+        return multiply(hidden, _repeat(weights, self.size.all_ranks))
 
 
 def _repeat(weights: Float[Tensor, "*T N"], ranks: Sequence[int]) -> Float[Tensor, "*T R"]:

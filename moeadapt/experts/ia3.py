@@ -41,6 +41,11 @@ class Ia3Bank(ExpertBank):
             nn.init.normal_(scale.weight)
         return {"ia3_scale": scale}
 
+    @property
+    def scale(self) -> float:
+        """See `ExpertBank.scale`: there is no rank and no alpha."""
+        return 1.0
+
     def down(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T N"]:
         """See `ExpertBank.down`: a one per expert, whatever the token."""
         return x.new_ones(*x.shape[:-1], self.size.total_experts)
@@ -48,8 +53,8 @@ class Ia3Bank(ExpertBank):
     def gate(
         self, hidden: Float[Tensor, "*T N"], weights: Float[Tensor, "*T N"] | None
     ) -> Float[Tensor, "*T N"]:
-        """See `ExpertBank.gate`; `size.scale` is not used."""
-        return hidden if weights is None else weights.to(hidden.dtype)
+        """See `ExpertBank.gate`: the weights themselves."""
+        return hidden if weights is None else weights
 
     def up(
         self, gated: Float[Tensor, "*T N"], onto: Float[Tensor, "*T O"] | None, inplace: bool
@@ -61,7 +66,7 @@ class Ia3Bank(ExpertBank):
         """
         if onto is None:
             raise UnsupportedError("experts 'ia3' scale a base output; placement='ffn' has none")
-        scale = self.factor("ia3_scale")(gated)
+        scale = self.apply("ia3_scale", gated)
         # A product of its own: 1 + scale would be rounded to the dtype first.
         return torch.addcmul(onto, onto, scale.to(onto.dtype))
 

@@ -30,6 +30,12 @@ class LoraBank(ExpertBank):
     """A is [R, D] and B is [O, R]: each expert owns as many consecutive rows and columns."""
 
     factor_names: ClassVar = ("lora_A", "lora_B")
+    reads_with: ClassVar = "lora_A"
+
+    @property
+    def owns_ranks(self) -> bool:
+        """See `ExpertBank.owns_ranks`."""
+        return not getattr(self.config, "orthogonalize", False)
 
     @classmethod
     def make_factors(
@@ -44,7 +50,7 @@ class LoraBank(ExpertBank):
 
     def down(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T R"]:
         """See `ExpertBank.down`."""
-        return self.factor("lora_A")(x)
+        return self.apply("lora_A", x)
 
     def gate(
         self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"] | None
@@ -54,7 +60,7 @@ class LoraBank(ExpertBank):
             return hidden * self.size.scale
         if getattr(self.config, "orthogonalize", False):
             weights = self._orthogonalized(hidden, weights)
-        scaled = (weights * self.size.scale).to(hidden.dtype).unsqueeze(-1)
+        scaled = weights.unsqueeze(-1)
         experts = hidden.unflatten(-1, (self.size.total_experts, self.size.rank))
         return multiply(experts, scaled).flatten(-2)
 
@@ -74,7 +80,7 @@ class LoraBank(ExpertBank):
         self, gated: Float[Tensor, "*T R"], onto: Float[Tensor, "*T O"] | None, inplace: bool
     ) -> Float[Tensor, "*T O"]:
         """See `ExpertBank.up`."""
-        return self.factor("lora_B")(gated, onto, inplace)
+        return self.apply("lora_B", gated, onto, inplace)
 
     def _pair(self, expert: int) -> tuple[Float[Tensor, "r D"], Float[Tensor, "O r"]]:
         start = sum(self.size.all_ranks[:expert])

@@ -31,6 +31,11 @@ class RandomABank(LoraBank):
     inits: ClassVar = ("zero_b", "random")
     linear: ClassVar = False
 
+    @property
+    def owns_ranks(self) -> bool:
+        """See `ExpertBank.owns_ranks`: which ranks count depends on the token."""
+        return False
+
     @classmethod
     def make_factors(
         cls, size: BankSize, init: Init, config: Optional["ExpertConfig"] = None

@@ -27,6 +27,7 @@ class SharedABank(ExpertBank):
     """A is [r, D] and B is [O, R]; the axis grows from r to R in the gate."""
 
     factor_names: ClassVar = ("lora_A", "lora_B")
+    reads_with: ClassVar = "lora_A"
 
     @classmethod
     def make_factors(
@@ -41,22 +42,24 @@ class SharedABank(ExpertBank):
 
     def down(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T r"]:
         """See `ExpertBank.down`."""
-        return self.factor("lora_A")(x)
+        return self.apply("lora_A", x)
 
     def gate(
         self, hidden: Float[Tensor, "*T r"], weights: Float[Tensor, "*T N"] | None
     ) -> Float[Tensor, "*T R"]:
         """See `ExpertBank.gate`: each expert gets its copy of `A x`."""
         if weights is None:
-            weights = hidden.new_ones(*hidden.shape[:-1], self.size.total_experts)
-        scaled = (weights * self.size.scale).to(hidden.dtype).unsqueeze(-1)
+            weights = hidden.new_full(
+                (*hidden.shape[:-1], self.size.total_experts), self.size.scale
+            )
+        scaled = weights.unsqueeze(-1)
         return multiply(hidden.unsqueeze(-2), scaled).flatten(-2)
 
     def up(
         self, gated: Float[Tensor, "*T R"], onto: Float[Tensor, "*T O"] | None, inplace: bool
     ) -> Float[Tensor, "*T O"]:
         """See `ExpertBank.up`."""
-        return self.factor("lora_B")(gated, onto, inplace)
+        return self.apply("lora_B", gated, onto, inplace)
 
     def _b(self, expert: int) -> Float[Tensor, "O r"]:
         own = slice(expert * self.size.rank, (expert + 1) * self.size.rank)

@@ -27,6 +27,7 @@ class SharedBBank(ExpertBank):
     """A is [R, D] and B is [O, r]; the gate adds the experts up, so the axis shrinks to r."""
 
     factor_names: ClassVar = ("lora_A", "lora_B")
+    reads_with: ClassVar = "lora_A"
 
     @classmethod
     def make_factors(
@@ -41,7 +42,7 @@ class SharedBBank(ExpertBank):
 
     def down(self, x: Float[Tensor, "*T D"]) -> Float[Tensor, "*T R"]:
         """See `ExpertBank.down`."""
-        return self.factor("lora_A")(x)
+        return self.apply("lora_A", x)
 
     def gate(
         self, hidden: Float[Tensor, "*T R"], weights: Float[Tensor, "*T N"] | None
@@ -50,14 +51,14 @@ class SharedBBank(ExpertBank):
         experts = hidden.unflatten(-1, (self.size.total_experts, self.size.rank))
         if weights is None:
             return experts.sum(-2) * self.size.scale
-        scaled = (weights * self.size.scale).to(hidden.dtype).unsqueeze(-1)
+        scaled = weights.unsqueeze(-1)
         return multiply(experts, scaled).sum(-2)
 
     def up(
         self, gated: Float[Tensor, "*T r"], onto: Float[Tensor, "*T O"] | None, inplace: bool
     ) -> Float[Tensor, "*T O"]:
         """See `ExpertBank.up`."""
-        return self.factor("lora_B")(gated, onto, inplace)
+        return self.apply("lora_B", gated, onto, inplace)
 
     def _a(self, expert: int) -> Float[Tensor, "r D"]:
         own = slice(expert * self.size.rank, (expert + 1) * self.size.rank)

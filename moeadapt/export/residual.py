@@ -117,20 +117,22 @@ class _Sums:
         """Return x and g of each token; shared experts take no part in g."""
         bank = self.layer.moe_banks[self.adapter]
         silent = (0, bank.size.num_shared)
+        # Not `bank.scaled`, which gives shared experts a weight.
+        scale = bank.size.scale
         if self.layer.moe_plans[self.adapter].placement != "ffn":
             x = x.reshape(-1, x.shape[-1])
-            weights = nn.functional.pad(routing.expert_weights, silent)
-            return x, bank.gate(bank.down(x), weights)
+            weights = nn.functional.pad(routing.expert_weights, silent) * scale
+            return x, bank.gate(bank.down(x), weights.to(x.dtype))
         block = self.layer.moe_blocks[self.adapter]
-        slots = block.slots(self.adapter)
-        choice = nn.functional.pad(slots.choice, silent) * slots.weights.unsqueeze(-1)
+        slots = block.routing(self.adapter).slots
+        choice = nn.functional.pad(slots.choice, silent) * slots.weights.unsqueeze(-1) * scale
         if block.is_input(x):
             x = x.reshape(-1, x.shape[-1])
             hidden = bank.down(x)
             hidden = hidden.unsqueeze(0).expand(choice.shape[0], *hidden.shape)
-            return x, bank.gate(hidden, choice).sum(0)
+            return x, bank.gate(hidden, choice.to(x.dtype)).sum(0)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        return combine(x, slots), bank.gate(bank.down(x), choice).sum(0)
+        return combine(x, slots), bank.gate(bank.down(x), choice.to(x.dtype)).sum(0)
 
     def moments(self) -> Moments | None:
         """Return the means; None: no real token came by."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from moeadapt.routers.base import Router, RouterConfig
+from moeadapt.routers.float32_linear import float32_linear
 from moeadapt.routers.scheduled import Scheduled
 from moeadapt.routing import Routing, TokenContext
 
@@ -121,9 +122,12 @@ class LinearRouter(Scheduled, Router, ABC):
         self, hidden: Float[Tensor, "T D"], weight: Tensor, bias: Tensor | None = None
     ) -> Float[Tensor, "T O"]:
         """Map the features of `hidden` by a matrix of the router's own, autocast off."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            x = self.features(hidden)
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if self.config.norm == "none":
+            x = hidden.detach() if self.config.input == "stop_gradient" else hidden
+        else:
+            with torch.autocast(hidden.device.type, enabled=False):
+                x = self.features(hidden)
+        return float32_linear(x, weight, bias)
 
     def logits(self, hidden: Float[Tensor, "T D"]) -> Float[Tensor, "T W"]:
         """Scores of each expert, at least float32, autocast off."""

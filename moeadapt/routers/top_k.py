@@ -18,7 +18,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from moeadapt import kernels
+from moeadapt.kernels.top_k_gate import MOST_EXPERTS, top_k_gate
 from moeadapt.routers.base import check_k
+from moeadapt.routers.float32_linear import float32_linear
 from moeadapt.routers.linear import LinearRouter, LinearRouterConfig, renormalize
 from moeadapt.routing import Routing, TokenContext, select_top_k
 
@@ -101,6 +104,10 @@ class TopKRouter(LinearRouter):
         logits_TW = self.logits(hidden)
         if self.training and self.config.noise != "none":
             logits_TW = logits_TW + self._noise(hidden, logits_TW)
+        if self._has_kernel and kernels.use("top_k_gate", logits_TW):
+            renorm = self.config.resolved_normalize() != "none"
+            weights_TW, probs_TW = top_k_gate(logits_TW, self.k, tokens.mask, renorm=renorm)[:2]
+            return self.routing(tokens, logits=logits_TW, probs=probs_TW, weights=weights_TW)
         probs_TW = logits_TW.softmax(-1)
         # Softmax keeps the order, so without a bias the logits rank as the probabilities do.
         scores_TW = logits_TW if self.selection_bias is None else probs_TW
@@ -112,6 +119,12 @@ class TopKRouter(LinearRouter):
         if self.config.resolved_normalize() != "none":
             weights_TW = self._among_experts(weights_TW)
         return self.routing(tokens, logits=logits_TW, probs=probs_TW, weights=weights_TW)
+
+    @property
+    def _has_kernel(self) -> bool:
+        """Whether the kernel of the gate knows these settings; compiled code fuses by itself."""
+        plain = self.selection_bias is None and not self.null_experts
+        return plain and self.width <= MOST_EXPERTS and not torch.compiler.is_compiling()
 
     def _among_experts(self, weights: Float[Tensor, "T W"]) -> Float[Tensor, "T W"]:
         """Normalise the weights of the experts, whatever the null experts take."""
@@ -130,6 +143,4 @@ class TopKRouter(LinearRouter):
             return noise_TW
         if self.config.input == "stop_gradient":
             hidden = hidden.detach()
-        with torch.autocast(hidden.device.type, enabled=False):
-            scale_TW = F.linear(hidden.to(logits.dtype), self.noise_weight.to(logits.dtype))
-            return noise_TW * F.softplus(scale_TW)
+        return noise_TW * F.softplus(float32_linear(hidden, self.noise_weight))

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moeadapt.dispatch import Slots
 from moeadapt.errors import UnsupportedError
+from moeadapt.tuner.block_routing import BlockRouting
 from moeadapt.tuner.context import RoutingContext, remove_hooks
+from moeadapt.tuner.gated_ffn import GatedFfn
 
 if TYPE_CHECKING:
     from moeadapt.tuner.layer import MoeLoraLinear
@@ -26,27 +27,31 @@ class Block:
     Attributes:
         plan: where the block is and whose input is routed.
         owners: adapter name -> the layer that holds its router, the first targeted of the block.
+        layers: adapter name -> the linears it targets in the block, in the order of the model.
+        gated: what computes a whole gated FFN; None: the block is none.
     """
 
     def __init__(self, plan: "BlockPlan") -> None:
         """Start without routers."""
         self.plan = plan
         self.owners: dict[str, MoeLoraLinear] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._slots: dict[str, Slots] = {}
-        self._inputs: dict[str, Tensor] = {}
+        self.layers: dict[str, list[MoeLoraLinear]] = {}
+        self.gated: GatedFfn | None = None
+        self._routings: dict[str, BlockRouting] = {}
         self._hidden_dims = 0
         self._open_slots = 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the routing of a running forward."""
-        return {**self.__dict__, "_weights": {}, "_slots": {}, "_inputs": {}, "_open_slots": 0}
+        return {**self.__dict__, "_routings": {}, "_open_slots": 0}
 
     def install(self, model: nn.Module) -> None:
         """(Re)register the hooks on the modules that now sit at the planned paths."""
         entry, parent = model.get_submodule(self.plan.entry), model.get_submodule(self.plan.path)
         entry.register_forward_pre_hook(self.enter, with_kwargs=True)
         parent.register_forward_hook(self.leave, always_call=True)
+        if entry is parent:
+            self.gated = GatedFfn.install(parent, self)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Route the block's input, once per active adapter."""
@@ -56,40 +61,36 @@ class Block:
             if owner.disable_adapters or adapter not in owner.active_adapters:
                 continue
             head = owner.moe_heads[adapter]
-            weights = head(hidden)
-            placement = owner.moe_plans[adapter].placement
-            if placement == "glu":
-                self._inputs[adapter] = hidden
-            if placement == "ffn":
-                self._slots[adapter] = Slots.of(
-                    weights, head.router.max_active, sums_to_one=head.sums_to_one
-                )
-            else:
-                self._weights[adapter] = weights
+            readers = [x for x in self.layers[adapter] if x.moe_plans[adapter].reads_input]
+            self._routings[adapter] = BlockRouting(adapter, head, head(hidden), hidden, readers)
 
     def leave(self, module: nn.Module, args: Any, output: Any = None) -> None:
         """Drop the routing; refuse an FFN whose slots were never added up."""
         open_slots, self._open_slots = self._open_slots, 0
-        self._weights.clear()
-        self._slots.clear()
-        self._inputs.clear()
+        self._routings.clear()
         if open_slots and output is not None:
             raise UnsupportedError(
                 f"placement 'ffn': {self.plan.path} does not end in one of its target linears; "
                 "use placement='linear' with router_scope='block' for this model"
             )
 
-    def weights(self, adapter: str) -> Tensor:
-        """Return the running routing [T, E] of `adapter`."""
-        return self._running(self._weights, adapter)
+    def routing(self, adapter: str) -> BlockRouting:
+        """Return the running routing of `adapter`.
 
-    def slots(self, adapter: str) -> Slots:
-        """Return the running routing of `adapter` as slots."""
-        return self._running(self._slots, adapter)
+        Raises:
+            UnsupportedError: the block is not running.
+        """
+        if adapter not in self._routings:
+            raise UnsupportedError(
+                f"a target linear of {self.plan.path} was called outside the block's forward, so "
+                "there is no routing for it; use placement='linear' with router_scope='layer'"
+            )
+        return self._routings[adapter]
 
-    def input(self, adapter: str) -> Tensor:
-        """Return the input of the running block, for experts that stand beside it."""
-        return self._running(self._inputs, adapter)
+    def forget(self, adapter: str) -> None:
+        """Drop a deleted adapter."""
+        self.owners.pop(adapter, None)
+        self.layers.pop(adapter, None)
 
     def is_input(self, x: Tensor) -> bool:
         """Whether `x` is the block's input; otherwise it carries a leading axis of slots.
@@ -100,20 +101,18 @@ class Block:
         self._open_slots = 1 if is_input else 0
         return is_input
 
-    def _running(self, routings: dict[str, Any], adapter: str) -> Any:
-        if adapter not in routings:
-            raise UnsupportedError(
-                f"a target linear of {self.plan.path} was called outside the block's forward, so "
-                "there is no routing for it; use placement='linear' with router_scope='layer'"
-            )
-        return routings[adapter]
-
 
 def install_blocks(model: nn.Module, context: RoutingContext) -> None:
     """Put every block's hooks on the modules of `model`, replacing earlier ones."""
-    remove_hooks(model, Block)
+    remove_blocks(model)
     for block in context.blocks.values():
         block.install(model)
+
+
+def remove_blocks(model: nn.Module) -> None:
+    """Undo `install_blocks`."""
+    remove_hooks(model, Block)
+    GatedFfn.remove(model)
 
 
 def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

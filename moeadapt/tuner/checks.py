@@ -22,6 +22,21 @@ def matching(pattern: Mapping[str, Any], key: str, default: Any) -> Any:
     return pattern.get(get_pattern_key(list(pattern), key), default)
 
 
+def check_impl(config: MoeLoraConfig, experts: str) -> None:
+    """Refuse a form of computation that the placement or the experts do not have."""
+    if config.impl in ("auto", "concat"):
+        return
+    plain = experts in ("lora", "rank1") and not getattr(
+        config.expert_config, "orthogonalize", False
+    )
+    if config.placement != "linear" or not plain:
+        raise ConfigError(
+            f"impl={config.impl!r} is for placement='linear' and experts 'lora' (without "
+            f"orthogonalize) or 'rank1', not placement={config.placement!r} with experts "
+            f"{experts!r}; use impl='auto'"
+        )
+
+
 def check_pattern_matches(config: MoeLoraConfig, plans: Mapping[str, TargetPlan]) -> None:
     """Refuse a pattern for experts that names no target."""
     if not isinstance(config.experts_pattern, dict):

@@ -50,6 +50,11 @@ class MoeLoraConfig(PeftConfig):
         router_scope: for `linear`: `layer`, a router per target linear, or `block`, one routing
             from the block's input for all target linears of an attention or FFN block. `ffn` and
             `glu` have a router per FFN.
+        impl: how a linear's experts are computed: `auto` chooses by sizes and device, `concat` is
+            two matrix products over all experts, `grouped` one per chosen expert after sorting,
+            `gather` copies the chosen experts of each token, for decoding. All give the same
+            result. `grouped` and `gather` are for `placement="linear"` and experts `lora` or
+            `rank1`.
         n_shared: always-on experts beside the routed ones, >= 0.
         target_modules: as in `LoraConfig`: names, a regex, or "all-linear".
         exclude_modules: as in `LoraConfig`: names or a regex to leave out.
@@ -92,6 +97,7 @@ class MoeLoraConfig(PeftConfig):
     experts: str | dict[str, Any] = "lora"
     placement: Literal["linear", "ffn", "glu"] = "linear"
     router_scope: Literal["layer", "block"] = "layer"
+    impl: Literal["auto", "concat", "grouped", "gather"] = "auto"
     n_shared: Annotated[int, Field(ge=0)] = 0
     target_modules: Names | None = None
     exclude_modules: Names | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from moeadapt.errors import TrainingError
+from moeadapt.experts.generation import Generation
 from moeadapt.routing import Routing, TokenContext
 from moeadapt.tuner.decisions import keep
 from moeadapt.tuner.frame import Frame, same
@@ -29,6 +30,7 @@ class RoutingContext:
         collected: routings per layer while `collect_routing` is active, else None.
         heads: adapter name -> layer name -> its router; aux losses are averaged over them.
         blocks: path of a block -> the block, shared by all adapters.
+        generation: keeps casts of the experts' matrices while tokens are being generated.
         decides_per_sequence: whether some router decides once for a whole sequence.
         scale_is_set: whether a trainer (or `set_aux_loss_scale`) supplied the scale.
     """
@@ -40,6 +42,7 @@ class RoutingContext:
         self.collected: dict[str, list[Routing]] | None = None
         self.heads: dict[str, dict[str, RouterHead]] = {}
         self.blocks: dict[str, Block] = {}
+        self.generation = Generation()
         self.decides_per_sequence = False
         self.scale_is_set = False
         self._scale_value = 1.0
@@ -103,6 +106,7 @@ class RoutingContext:
         if self.frame is not None and self.frame.module_id != id(module):
             return  # the backbone inside a call of the model: the outer mask is the 2-D one
         self.frame = Frame.of(module, args, kwargs, ask_cache=self.decides_per_sequence)
+        self.generation.enter(None if torch.is_grad_enabled() else self.frame.cache)
         if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():
             waiting = [] if self._backward_seen else self.pending
             self._forgotten = len(waiting) >= _MOST_PENDING

@@ -7,15 +7,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from moeadapt.dispatch import contract, expand, mix
+from moeadapt.dispatch import contract, dispatch, expand
 from moeadapt.errors import UnsupportedError
 from moeadapt.experts import FACTOR_NAMES, BankSize, ExpertBank
 from moeadapt.experts.base import Init
 from moeadapt.experts.glu import GluBank
 from moeadapt.routers import LinearRouter
 from moeadapt.tuner.block import Block
+from moeadapt.tuner.block_routing import BlockRouting
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import RoutingContext
+from moeadapt.tuner.gated_ffn import GatedFfn
 from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.plan import TargetPlan, experts_of, in_out_features
 from moeadapt.tuner.segments import START_NAMES, make_start, start_from_segments, subtract_start
@@ -85,11 +87,13 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if config.lora_dropout > 0:
             self.moe_dropout[adapter] = nn.Dropout(config.lora_dropout)
         bank = self.moe_banks[adapter]
+        bank.impl, bank.generation = config.impl, self._context.generation
         if isinstance(bank, GluBank) and plan.activation is not None:
             bank.activation = plan.activation
         if plan.block is not None:
             block = self._context.blocks.setdefault(plan.block.path, Block(plan.block))
             self.moe_blocks[adapter] = block
+            block.layers.setdefault(adapter, []).append(self)
             if adapter not in block.owners:
                 block.owners[adapter] = self
                 self._add_router(adapter, config, plan.block.path, plan.block.dim)
@@ -128,20 +132,44 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' mixtures."""
-        adapters = [name for name in self.active_adapters if name in self.moe_banks]
-        if self.disable_adapters or not adapters:
+        adapters = self.running_adapters()
+        if not adapters:
             return self.base_layer(x, *args, **kwargs)
         if any(self.moe_plans[name].placement == "ffn" for name in adapters):
             return self._forward_ffn(x, adapters)
-        cast = self._cast(x)
-        flat = cast.reshape(-1, x.shape[-1])
+        flat = self._tokens(x, adapters)
         out = self._base(flat, *args, **kwargs)
         for name in adapters:
             out = self._less_start(name, flat, out)
-            weights = self._weights(name, x)
-            seen, inplace = self._drop(name, self._seen(name, flat)), self._owns(out)
-            out = mix(seen, weights, self.moe_banks[name], out, inplace=inplace)
+            out = self._dispatch(name, x, flat, out)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def running_adapters(self) -> list[str]:
+        """Return the adapters that add to the base output now."""
+        if self.disable_adapters:
+            return []
+        return [name for name in self.active_adapters if name in self.moe_banks]
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return self._cast(x).reshape(-1, x.shape[-1])
+
+    def _tokens(self, x: Tensor, adapters: list[str]) -> Tensor:
+        """Return `_flat(x)`, cast once for all linears of a block that read its input."""
+        block = self.moe_blocks.get(adapters[0])
+        if block is None or self.quantization_backend is not None:
+            return self._flat(x)
+        return block.routing(adapters[0]).tokens(x, self._flat)
+
+    def _dispatch(self, name: str, x: Tensor, flat: Tensor, out: Tensor) -> Tensor:
+        plan, bank, inplace = self.moe_plans[name], self.moe_banks[name], self._owns(out)
+        seen = self._drop(name, self._seen(name, flat))
+        if plan.placement == "unrouted":
+            return dispatch(seen, None, bank, out, inplace=inplace)
+        if plan.block is not None:
+            return self.moe_blocks[name].routing(name).dispatch(bank, x, seen, out, inplace)
+        head = self.moe_heads[name]
+        weights, k = head(x), head.router.max_active
+        return dispatch(seen, weights, bank, out, inplace=inplace, max_active=k)
 
     def _forward_ffn(self, x: Tensor, adapters: list[str]) -> Tensor:
         if len(adapters) > 1:
@@ -150,36 +178,65 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
                 "span the nonlinearity and do not add up; activate one with set_adapter"
             )
         (name,) = adapters
-        bank, block, cast = self.moe_banks[name], self.moe_blocks[name], self._cast(x)
-        slots = block.slots(name)
+        bank, block = self.moe_banks[name], self.moe_blocks[name]
+        gated, routing = block.gated, block.routing(name)
+        if gated is not None and gated.adapter == name:
+            return self._forward_whole(name, gated, routing, x)
         if block.is_input(x):
-            flat = cast.reshape(-1, x.shape[-1])
+            flat = self._tokens(x, adapters)
             onto = self._less_start(name, flat, self._base(flat))
-            out = expand(self._drop(name, flat), slots, bank, onto)
+            hidden = routing.down(bank, x, self._drop(name, flat))
+            out = expand(hidden, routing.slots, bank, onto)
             return out.view(out.shape[0], *x.shape[:-1], out.shape[-1])
         out = contract(
-            cast.reshape(x.shape[0], -1, x.shape[-1]),
-            slots,
+            self._cast(x).reshape(x.shape[0], -1, x.shape[-1]),
+            routing.slots,
             bank,
             lambda combined: self._less_start(name, combined, self._base(combined)),
             dropout=lambda activations: self._drop(name, activations),
         )
         return out.view(*x.shape[1:-1], out.shape[-1])
 
+    def _forward_whole(
+        self, name: str, gated: GatedFfn, routing: BlockRouting, x: Tensor
+    ) -> Tensor:
+        """Compute what `GatedFfn` asks of a projection: the base, and the rank axis beside it."""
+        bank, flat = self.moe_banks[name], self._tokens(x, [name])
+        out = self._less_start(name, flat, self._base(flat))
+        hidden = gated.hidden.get(id(self))
+        if hidden is None:
+            gated.hidden[id(self)] = routing.down(bank, x, flat)
+        else:
+            out = bank.up(hidden, out, self._owns(out))
+        return out.view(*x.shape[:-1], out.shape[-1])
+
+    def runs_whole(self, name: str) -> bool:
+        """Whether `GatedFfn` may compute this projection: nothing happens between its parts."""
+        bank = self.moe_banks[name]
+        return (
+            self.moe_plans[name].placement == "ffn"
+            and bank.owns_ranks
+            and all(bank.factor(factor).is_whole for factor in bank.factor_names)
+            and not self._drops(name)
+            and not (self._forward_hooks or self._forward_pre_hooks)
+        )
+
+    def shares_input(self, name: str) -> ExpertBank | None:
+        """Return the experts if they can read the block's input together with others."""
+        bank = self.moe_banks[name]
+        fits = (
+            name in self.running_adapters()
+            and bank.reads_with is not None
+            and bank.factor(bank.reads_with).is_whole
+            and not self._drops(name)
+        )
+        return bank if fits else None
+
     def _seen(self, name: str, flat: Tensor) -> Tensor:
         """Return what the experts read: the block's input where they stand beside a whole FFN."""
         if self.moe_plans[name].placement != "glu":
             return flat
-        hidden = self._cast(self.moe_blocks[name].input(name))
-        return hidden.reshape(-1, hidden.shape[-1])
-
-    def _weights(self, name: str, x: Tensor) -> Tensor | None:
-        plan = self.moe_plans[name]
-        if plan.placement == "unrouted":
-            return None
-        return (
-            self.moe_heads[name](x) if plan.block is None else self.moe_blocks[name].weights(name)
-        )
+        return self._flat(self.moe_blocks[name].routing(name).input)
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)
@@ -213,6 +270,9 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
     def _drop(self, name: str, x: Tensor) -> Tensor:
         return self.moe_dropout[name](x) if name in self.moe_dropout else x
 
+    def _drops(self, name: str) -> bool:
+        return name in self.moe_dropout and self.training
+
     # --- what PEFT asks of a layer
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -242,7 +302,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         """See `BaseTunerLayer.delete_adapter`; the block and the context forget it too."""
         block = self.moe_blocks.get(adapter_name)
         if block is not None:
-            block.owners.pop(adapter_name, None)
+            block.forget(adapter_name)
         self._context.heads.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 

@@ -20,13 +20,12 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError, UnsupportedError
-from moeadapt.tuner.block import Block, install_blocks
+from moeadapt.tuner.block import install_blocks, remove_blocks
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import (
     attach_context,
     detach_context,
     find_context,
-    remove_hooks,
 )
 from moeadapt.tuner.layer import MERGE_MENU, PREFIX, MoeLoraLinear
 from moeadapt.tuner.plan import no_target_message, plan_targets
@@ -155,6 +154,6 @@ class MoeLoraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
-        remove_hooks(model, Block)
+        remove_blocks(model)
         detach_context(model)
         return model

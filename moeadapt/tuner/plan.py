@@ -43,12 +43,14 @@ class TargetPlan:
         key: path of the linear.
         placement: `glu`: it is the output projection of an FFN and owns what stands beside that.
         block: what routes it.
+        reads_input: whether it reads what the block was called with, by its place in the block.
         activation: of the base FFN; None: nobody needs it.
     """
 
     key: str
     placement: Placement
     block: BlockPlan | None
+    reads_input: bool = False
     activation: Callable[[Tensor], Tensor] | None = None
 
 
@@ -143,7 +145,25 @@ def _plan_parent(
                 key=output, placement="glu", block=block, activation=_activation(path, parent)
             )
         ]
-    return [TargetPlan(key=key, placement=config.placement, block=block) for key in keys]
+    reading = _reading(model, linears, block.dim)
+    return [
+        TargetPlan(key=key, placement=config.placement, block=block, reads_input=key in reading)
+        for key in keys
+    ]
+
+
+def _reading(model: nn.Module, linears: list[str], dim: int) -> list[str]:
+    """Return the linears that read the block's input: of its width, and not the one that ends it.
+
+    A guess that only saves time: a linear shares the work of others where it is really called with
+    the block's input.
+    """
+    last = linears[-1].rpartition(".")[2]
+    inputs = linears if _PROJECTS_INPUT.match(last) else linears[:-1]
+    return [key for key in inputs if in_out_features(model.get_submodule(key))[0] == dim]
+
+
+_PROJECTS_INPUT = re.compile(r"(q|k|v|qkv|query|key|value)(_|$)")
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:

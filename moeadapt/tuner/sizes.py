@@ -14,6 +14,7 @@ from moeadapt.routers import ROUTERS, RouterConfig
 from moeadapt.tuner.checks import (
     check_blocks,
     check_hidden,
+    check_impl,
     check_init,
     check_losses,
     check_pattern_matches,
@@ -72,6 +73,7 @@ def check_settings(config: MoeLoraConfig) -> int:
     """
     experts, name = config.expert_config, EXPERTS.name_of(config.expert_config)
     check_placement(config, name)
+    check_impl(config, name)
     if name == "ia3" and config.lora_dropout:
         raise ConfigError(
             f"lora_dropout={config.lora_dropout} has no effect on experts 'ia3', which do not read "

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moeadapt.dispatch import mix, mix_reference
+from moeadapt.dispatch import dispatch, dispatch_reference
 from moeadapt.experts import EXPERTS
 from tests.contracts.kit import experts, matrices, routers, shared
 from tests.samples import (
@@ -35,10 +35,10 @@ def test_the_fast_mixture_equals_its_definition_in_value_and_every_gradient(expe
     # Experts that scale the base output do not look at the input.
     leaves = [*([] if bank.needs_base else [x]), weights, onto, *factors_of(bank)]
     upstream = hidden(T, OUT)
-    expected = mix_reference(x, weights, bank, onto)
+    expected = dispatch_reference(x, weights, bank, onto)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     for inplace in (False, True):
-        found = mix(x, weights, bank, onto * 1, inplace=inplace)
+        found = dispatch(x, weights, bank, onto * 1, inplace=inplace)
         assert_close(found, expected)
         for fast, slow in zip(torch.autograd.grad(found, leaves, upstream), wanted, strict=True):
             assert slow.any()
@@ -52,7 +52,7 @@ def test_a_routed_mixture_trains_its_router_as_defined(expert, spec):
     x = hidden().requires_grad_()
     leaves = [x, *factors_of(bank), *router.parameters()]
     results = []
-    for run in (mix, mix_reference):
+    for run in (dispatch, dispatch_reference):
         torch.manual_seed(1)
         y = run(x, router(x, ALL_REAL).expert_weights, bank, x[:, :OUT] * 1)
         grads = torch.autograd.grad(y.square().sum(), leaves, allow_unused=True)
@@ -65,7 +65,7 @@ def test_a_routed_mixture_trains_its_router_as_defined(expert, spec):
 def test_without_weights_every_expert_counts_fully(expert):
     bank, x, onto = make_bank(expert, num_shared=1), hidden(), hidden(T, OUT)
     total = onto + sum(bank.apply_one(x, e, onto) for e in range(bank.size.total_experts))
-    assert_close(mix(x, None, bank, onto), total)
+    assert_close(dispatch(x, None, bank, onto), total)
 
 
 @matrices
@@ -91,7 +91,7 @@ def test_a_fresh_bank_changes_not_one_bit(expert, num_shared, init, dtype):
     x, onto = hidden().to(dtype), hidden(T, OUT).to(dtype)
     weights = torch.rand(T, E)
     for inplace in (False, True):
-        assert torch.equal(mix(x, weights, bank, onto.clone(), inplace=inplace), onto)
+        assert torch.equal(dispatch(x, weights, bank, onto.clone(), inplace=inplace), onto)
     for e in range(bank.size.total_experts):
         assert not bank.apply_one(x, e, onto).any()
 
@@ -110,9 +110,9 @@ def test_float32_experts_keep_the_dtype_of_the_base(expert, dtype):
     for name in bank.factor_names:
         bank.factor(name).float()
     x, onto, weights = hidden().to(dtype), hidden(T, OUT).to(dtype), torch.rand(T, E)
-    y = mix(x, weights, bank, onto)
+    y = dispatch(x, weights, bank, onto)
     assert y.dtype == dtype
-    exact = mix_reference(x.float(), weights, bank, onto.float())
+    exact = dispatch_reference(x.float(), weights, bank, onto.float())
     size = float(exact.detach().abs().max())
     assert_close(y.float(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps * size)
-    assert mix(x, weights, bank, onto.float()).dtype == torch.float32
+    assert dispatch(x, weights, bank, onto.float()).dtype == torch.float32

@@ -51,7 +51,7 @@ def make_ffn(expert: str, num_shared: int, gated: bool, bias: bool):
 
     def fast(x, weights, max_active, sums_to_one):
         slots = Slots.of(weights, max_active, sums_to_one=sums_to_one)
-        gate, up = (expand(x, slots, banks[n], base[n](x)) for n in ("gate", "up"))
+        gate, up = (expand(banks[n].down(x), slots, banks[n], base[n](x)) for n in ("gate", "up"))
         return contract(act(gate, up), slots, banks["down"], base["down"])
 
     def project(name, x, e):
@@ -106,7 +106,11 @@ def test_a_fresh_ffn_bank_changes_not_one_bit(expert, spec, dtype):
         router(x, ALL_REAL).expert_weights, router.max_active, sums_to_one=router.sums_to_one
     )
     # relu is exact; on a CPU silu may differ in its last bit between positions of one tensor.
-    wide = F.relu(expand(x, slots, banks[0], gate(x))) * expand(x, slots, banks[1], up(x))
+    wide = [
+        expand(bank.down(x), slots, bank, base(x))
+        for bank, base in zip(banks, (gate, up), strict=False)
+    ]
+    wide = F.relu(wide[0]) * wide[1]
     narrow = F.relu(gate(x)) * up(x)
     assert torch.equal(wide, narrow.expand_as(wide))
     assert torch.equal(combine(wide, slots), narrow)

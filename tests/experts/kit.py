@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from moeadapt.dispatch import mix
+from moeadapt.dispatch import dispatch
 from moeadapt.experts import ExpertBank
 from tests.samples import OUT, D, E, T, factors_of, hidden
 
@@ -32,7 +32,7 @@ def check_mixture(
     expected = reference(x, weights, onto)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     for inplace in (False, True):
-        found = mix(x, weights, bank, onto * 1, inplace=inplace)
+        found = dispatch(x, weights, bank, onto * 1, inplace=inplace)
         assert_close(found, expected)
         for fast, slow in zip(torch.autograd.grad(found, leaves, upstream), wanted, strict=True):
             assert slow.any()

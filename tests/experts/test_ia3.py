@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moeadapt.dispatch import mix
+from moeadapt.dispatch import dispatch
 from moeadapt.errors import UnsupportedError
 from tests.experts.kit import routing_weights
 from tests.samples import OUT, E, T, factors_of, hidden, make_bank
@@ -34,7 +34,7 @@ def test_the_base_output_is_scaled_by_one_plus_the_mixed_vectors(num_shared):
     expected = reference(x, weights, onto)
     wanted = torch.autograd.grad(expected, leaves, upstream)
     for inplace in (False, True):
-        found = mix(x, weights, bank, onto * 1, inplace=inplace)
+        found = dispatch(x, weights, bank, onto * 1, inplace=inplace)
         assert_close(found, expected)
         for fast, slow in zip(torch.autograd.grad(found, leaves, upstream), wanted, strict=True):
             assert slow.any()
@@ -44,14 +44,14 @@ def test_the_base_output_is_scaled_by_one_plus_the_mixed_vectors(num_shared):
 def test_what_one_expert_adds_is_the_base_output_times_its_vector():
     bank, x, onto = make_bank("ia3"), hidden(), hidden(T, OUT)
     total = onto + sum(bank.apply_one(x, e, onto) for e in range(E))
-    assert_close(mix(x, None, bank, onto), total)
+    assert_close(dispatch(x, None, bank, onto), total)
     assert not torch.equal(total, onto)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_fresh_bank_changes_not_one_bit_and_can_be_trained(dtype):
     bank, x, onto = make_bank("ia3", init="zero_b"), hidden().to(dtype), hidden(T, OUT).to(dtype)
-    y = mix(x, routing_weights(), bank, onto)
+    y = dispatch(x, routing_weights(), bank, onto)
     assert y.dtype == dtype
     assert torch.equal(y, onto)
     (grad,) = torch.autograd.grad(y.float().sum(), factors_of(bank))
@@ -62,7 +62,7 @@ def test_a_small_scale_is_not_rounded_away():
     bank = make_bank("ia3", init="zero_b")
     bank.factor("ia3_scale").weight.data.fill_(2**-9)
     onto = torch.full((1, OUT), 1.0 + 2**-7).bfloat16()
-    y = mix(hidden(1).bfloat16(), torch.ones(1, E), bank, onto)
+    y = dispatch(hidden(1).bfloat16(), torch.ones(1, E), bank, onto)
     # 1.0078 * (1 + 4 / 512) = 1.0157, two steps above 1.0
     assert (y.float() == 1.0 + 2**-6).all()
 

@@ -9,7 +9,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import nn
 from torch.testing import assert_close
 
-from moeadapt.dispatch import mix
+from moeadapt.dispatch import dispatch
 from moeadapt.experts import BankSize
 from moeadapt.experts.lora import LoraBank
 from tests.samples import OUT, D, E, R, T, hidden, make_bank
@@ -37,7 +37,7 @@ def test_one_expert_is_pefts_lora_in_value_and_every_gradient(routed):
     upstream = hidden(T, OUT)
     expected = theirs(x)
     weights = torch.ones(T, 1, dtype=torch.float64) if routed else None
-    found = mix(x, weights, ours, base(x))
+    found = dispatch(x, weights, ours, base(x))
     assert_close(found, expected)
     mine = torch.autograd.grad(found, [x, *(a for a, _ in pairs)], upstream)
     other = torch.autograd.grad(expected, [x, *(b for _, b in pairs)], upstream)
@@ -52,7 +52,7 @@ def test_equal_weights_are_pefts_lora_of_the_total_rank():
     a, b = (bank.factor(name).weight for name in bank.factor_names)
     dense = x @ (bank.size.scale * (b @ a)).T
     ones = torch.ones(T, E, dtype=torch.float64)
-    assert_close(mix(x, ones, bank, torch.zeros(T, OUT).double()), dense)
+    assert_close(dispatch(x, ones, bank, torch.zeros(T, OUT).double()), dense)
 
 
 def test_an_expert_owns_consecutive_ranks():
@@ -73,8 +73,8 @@ def test_the_scale_multiplies_every_expert():
         {n: nn.ModuleDict({"default": bank.factor(n)}) for n in bank.factor_names},
     )
     x, weights, zero = hidden(), torch.rand(T, E).double(), torch.zeros(T, OUT).double()
-    assert_close(mix(x, weights, doubled, zero), 2 * mix(x, weights, bank, zero))
-    assert_close(mix(x, None, doubled, zero), 2 * mix(x, None, bank, zero))
+    assert_close(dispatch(x, weights, doubled, zero), 2 * dispatch(x, weights, bank, zero))
+    assert_close(dispatch(x, None, doubled, zero), 2 * dispatch(x, None, bank, zero))
 
 
 @pytest.mark.parametrize("init", ["zero_b", "gaussian", "random"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moeadapt.dispatch import mix
+from moeadapt.dispatch import dispatch
 from moeadapt.experts import EXPERTS
 from tests.experts.kit import check_mixture, routing_weights
 from tests.samples import OUT, E, R, T, factors_of, hidden, make_bank
@@ -56,10 +56,10 @@ def test_it_differs_from_the_plain_mixture():
     for name in bank.factor_names:
         plain.factor(name).double().weight.data.copy_(bank.factor(name).weight.data)
     weights = routing_weights()
-    assert not torch.allclose(mix(x, weights, bank, onto), mix(x, weights, plain, onto))
+    assert not torch.allclose(dispatch(x, weights, bank, onto), dispatch(x, weights, plain, onto))
     alone = torch.zeros_like(weights)
     alone[:, 2] = 0.7
-    assert_close(mix(x, alone, bank, onto), mix(x, alone, plain, onto))
+    assert_close(dispatch(x, alone, bank, onto), dispatch(x, alone, plain, onto))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -70,7 +70,7 @@ def test_a_fresh_bank_changes_not_one_bit_and_trains_as_without(dtype):
     for each in (bank, plain):
         for name in each.factor_names:
             each.factor(name).float().weight.data.copy_(bank.factor(name).weight.data)
-        y = mix(x, weights, each, onto)
+        y = dispatch(x, weights, each, onto)
         assert torch.equal(y, onto)
         grads.append(torch.autograd.grad(y.float().sum(), each.factor("lora_B").weight)[0])
     assert grads[1].any()
@@ -89,14 +89,14 @@ def test_dependent_zero_and_extreme_outputs_stay_finite(case):
     else:
         b.data *= 1e150 if case == "huge" else 1e-150
     x, weights = hidden().requires_grad_(), torch.ones(T, E).double().requires_grad_()
-    y = mix(x, weights, bank, torch.zeros(T, OUT).double())
+    y = dispatch(x, weights, bank, torch.zeros(T, OUT).double())
     grads = torch.autograd.grad(y.sum(), [x, weights, a, b])
     assert y.isfinite().all()
     assert all(g.isfinite().all() for g in grads)
     if case in ("same", "opposite"):
         without = torch.ones(T, E).double()
         without[:, 1] = 0
-        assert_close(y, mix(x, without, bank, torch.zeros(T, OUT).double()))
+        assert_close(y, dispatch(x, without, bank, torch.zeros(T, OUT).double()))
 
 
 def test_an_unused_expert_that_overflowed_does_not_reach_the_others():
@@ -106,7 +106,7 @@ def test_an_unused_expert_that_overflowed_does_not_reach_the_others():
     bank.factor("lora_A").weight.data[:R] = 6e4
     weights = torch.ones(T, E)
     weights[:, 0] = 0
-    assert mix(hidden().abs().half(), weights, bank, hidden(T, OUT).half()).isfinite().all()
+    assert dispatch(hidden().abs().half(), weights, bank, hidden(T, OUT).half()).isfinite().all()
 
 
 def test_it_is_refused_in_an_ffn_with_the_reason():

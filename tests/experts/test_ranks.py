@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moeadapt.dispatch import Slots, contract, expand, mix
+from moeadapt.dispatch import Slots, contract, dispatch, expand
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.experts import EXPERTS, BankSize
 from tests.experts.kit import check_mixture, routing_weights
@@ -64,7 +64,7 @@ def test_listed_ranks_span_an_ffn():
     weights = weights / weights.sum(-1, keepdim=True)
     base_up, base_down = torch.randn(6, D).double(), torch.randn(OUT, 6).double()
     slots = Slots.of(weights, E, sums_to_one=True)
-    wide = torch.tanh(expand(x, slots, up, x @ base_up.T))
+    wide = torch.tanh(expand(up.down(x), slots, up, x @ base_up.T))
     found = contract(wide, slots, down, lambda h: h @ base_down.T)
     expected = 0
     for e in range(E):
@@ -98,7 +98,7 @@ def test_a_cut_lora_with_equal_weights_is_the_uncut_one():
         cut.factor(name).double().weight.data.copy_(lora.factor(name).weight.data)
     x, onto, weights = hidden(), hidden(T, OUT), routing_weights()
     fine = weights.repeat_interleave(R, dim=1)
-    assert_close(mix(x, fine, cut, onto), mix(x, weights, lora, onto))
+    assert_close(dispatch(x, fine, cut, onto), dispatch(x, weights, lora, onto))
 
 
 # --- a frozen random A
@@ -129,7 +129,7 @@ def test_only_the_ranks_of_the_largest_projections_count(num_shared):
     check_mixture(bank, reference)
     x = hidden()
     parts = sum(bank.apply_one(x, e) for e in range(E + num_shared))
-    assert_close(mix(x, None, bank, torch.zeros(T, OUT).double()), parts)
+    assert_close(dispatch(x, None, bank, torch.zeros(T, OUT).double()), parts)
 
 
 def test_uniform_weights_give_the_papers_scale():
@@ -138,7 +138,7 @@ def test_uniform_weights_give_the_papers_scale():
     x, alpha = hidden(), 1.7 * R
     uniform = torch.full((T, E), 1 / E, dtype=torch.float64)
     paper = alpha / (E * R) * (x @ a.T @ b.T)
-    assert_close(mix(x, uniform, bank, torch.zeros(T, OUT).double()), paper)
+    assert_close(dispatch(x, uniform, bank, torch.zeros(T, OUT).double()), paper)
 
 
 def test_a_is_sparse_random_and_frozen():
@@ -155,7 +155,7 @@ def test_a_is_sparse_random_and_frozen():
 
 def test_a_fresh_random_a_adds_nothing_and_trains_b():
     bank, x, onto = flying(init="zero_b"), hidden(), hidden(T, OUT)
-    y = mix(x, routing_weights(), bank, onto)
+    y = dispatch(x, routing_weights(), bank, onto)
     assert torch.equal(y, onto)
     assert torch.autograd.grad(y.sum(), bank.factor("lora_B").weight)[0].any()
 

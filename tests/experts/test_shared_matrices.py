@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moeadapt.dispatch import mix
+from moeadapt.dispatch import dispatch
 from tests.experts.kit import check_mixture, routing_weights
 from tests.samples import OUT, D, E, R, T, hidden, make_bank
 
@@ -56,7 +56,7 @@ def test_a_shared_a_projects_once():
 @pytest.mark.parametrize("init", ["zero_b", "gaussian", "orthogonal"])
 def test_a_fresh_bank_adds_nothing_and_trains_b(kind, init):
     bank, x, onto = make_bank(kind, init=init), hidden(), hidden(T, OUT)
-    y = mix(x, routing_weights(), bank, onto)
+    y = dispatch(x, routing_weights(), bank, onto)
     assert torch.equal(y, onto)
     assert torch.autograd.grad(y.sum(), bank.factor("lora_B").weight)[0].any()
 
@@ -71,7 +71,7 @@ def test_in_float16_an_unused_expert_may_overflow(kind):
     weights = routing_weights()
     weights[:, 0] = 0
     x = hidden().abs().half()
-    assert mix(x, weights, bank, hidden(T, OUT).half()).isfinite().all()
+    assert dispatch(x, weights, bank, hidden(T, OUT).half()).isfinite().all()
 
 
 def test_the_orthogonal_start_has_orthogonal_rows_across_experts():

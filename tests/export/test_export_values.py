@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import moeadapt
 from moeadapt.errors import UnsupportedError
+from moeadapt.export import receipt as receipts
 from moeadapt.export.receipt import Receipt
 from moeadapt.export.verify import load_strictly
 from tests.export.bases import FFN, base, token_ids
@@ -75,7 +76,10 @@ def test_a_mixture_without_attention_lora_is_its_stock_class(name, tmp_path):
     assert receipt.target == f"{name}_moe"
 
 
-def test_a_base_that_amplifies_rounding_is_compared_in_float64(tmp_path):
+def test_a_base_that_amplifies_rounding_is_compared_in_float64(tmp_path, monkeypatch):
+    # How much it amplifies depends on the order of sums; any rounding at all is too much here.
+    monkeypatch.setattr(receipts, "TOLERANCE", 1e-9)
+    monkeypatch.setattr(receipts, "RELATIVE_TOLERANCE", 1e-12)
     receipt = moeadapt.export(mixture("qwen3_5"), tmp_path / "moe")
     assert receipt.measured.max_logit_difference > receipt.tolerance
     assert receipt.settings["float64_difference"] < 1e-4

@@ -200,7 +200,7 @@ def test_a_forward_that_failed_leaves_no_routing_behind() -> None:
         handle = model.get_base_model().model.layers[0].mlp.act_fn.register_forward_hook(_fail)
         logits(model, batch())
     handle.remove()
-    assert not any(block._weights for block in find_context(model).blocks.values())
+    assert not any(block._routings for block in find_context(model).blocks.values())
     assert torch.equal(logits(model, batch()), logits(adapted("llama", "block"), batch()))
 
 

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 import moeadapt
 from moeadapt import MoeLoraConfig
-from moeadapt.dispatch import mix
+from moeadapt.dispatch import dispatch
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.training.plan import plan_model
 from moeadapt.training.recipe import parse_recipe
@@ -280,11 +280,11 @@ def test_an_expert_that_is_not_chosen_may_overflow_in_float16():
     x = hidden().half().requires_grad_()
     weights = torch.zeros(T, bank.size.num_experts)
     weights[:, 0] = 1
-    expected = mix(x, weights, bank, torch.zeros(T, OUT, dtype=torch.float16))
+    expected = dispatch(x, weights, bank, torch.zeros(T, OUT, dtype=torch.float16))
     for name in ("glu_gate", "glu_up"):
         bank.factor(name).weight.data[bank.size.rank :] = 6e4  # every other expert
     assert torch.isinf(x @ bank.factor("glu_up").weight.T).any()
-    y = mix(x, weights, bank, torch.zeros(T, OUT, dtype=torch.float16))
+    y = dispatch(x, weights, bank, torch.zeros(T, OUT, dtype=torch.float16))
     assert torch.equal(y, expected)
     grads = torch.autograd.grad(y.square().sum(), [x, *factors_of(bank)])
     assert all(torch.isfinite(g).all() for g in grads)

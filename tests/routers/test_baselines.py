@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moeadapt.dispatch import mix
+from moeadapt.dispatch import dispatch
 from moeadapt.errors import ConfigError
 from moeadapt.routers import ROUTERS
 from tests.samples import ALL_REAL, OUT, D, E, T, hidden, make_bank, make_router
@@ -62,4 +62,4 @@ def test_a_uniform_mixture_is_one_dense_lora():
     bank, x, onto = make_bank("lora"), hidden(), hidden(T, OUT)
     weights = make_router("uniform")(x, ALL_REAL).weights
     mean = sum(bank.delta_weight(e) for e in range(E)) / E
-    assert_close(mix(x, weights, bank, onto), onto + x @ mean.T)
+    assert_close(dispatch(x, weights, bank, onto), onto + x @ mean.T)

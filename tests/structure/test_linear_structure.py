@@ -45,12 +45,12 @@ class Run:
             block.enter(self.layer, (x.detach(),), {})
             with recorded() as self.forward:
                 y = self.layer(x)
-            known = [x, block.weights("default"), *self.layer.parameters()]
+            known = [x, block.routing("default").weights, *self.layer.parameters()]
             self.saved = saved_for_backward(lambda: self.layer(x), known)
         factors = [p for n, p in self.layer.named_parameters() if "lora" in n]
         upstream = torch.randn_like(y)
         with recorded() as self.backward:
-            torch.autograd.grad(y, [x, block.weights("default"), *factors], upstream)
+            torch.autograd.grad(y, [x, block.routing("default").weights, *factors], upstream)
         self.unit = T * D * y.element_size()
 
     def launches(self, kernels: list[Kernel]) -> list[str]:

@@ -5,7 +5,14 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from moeadapt.dispatch import Slots, combine, contract, expand, mix, mix_reference, with_shared
+from moeadapt.dispatch import (
+    Slots,
+    combine,
+    contract,
+    dispatch,
+    dispatch_reference,
+    expand,
+)
 from tests.contracts.kit import experts, ffn_experts, matrices
 from tests.samples import ALL_REAL, OUT, D, E, T, factors_of, hidden, make_bank, make_router
 
@@ -20,19 +27,22 @@ def _seed():
 
 def test_shared_experts_get_weight_one_and_come_last():
     weights = torch.rand(T, E)
-    assert torch.equal(with_shared(weights, 2), torch.cat([weights, torch.ones(T, 2)], -1))
-    assert with_shared(weights, 0) is weights
+    bank = make_bank("lora", num_shared=2)
+    both = torch.cat([weights, torch.ones(T, 2)], -1) * bank.size.scale
+    assert torch.equal(bank.scaled(weights, torch.float32), both)
+    alone = make_bank("lora").scaled(weights, torch.bfloat16)
+    assert torch.equal(alone, (weights * bank.size.scale).bfloat16())
 
 
 @matrices
 def test_mixing_in_place_writes_where_it_is_told(expert):
     bank, x, onto = make_bank(expert), hidden(), hidden(T, OUT)
     weights = torch.rand(T, E, dtype=torch.float64)
-    separate = mix(x, weights, bank, onto)
+    separate = dispatch(x, weights, bank, onto)
     assert separate.data_ptr() != onto.data_ptr()
     before = onto.clone()
     assert torch.equal(before, onto)
-    same = mix(x, weights, bank, onto, inplace=True)
+    same = dispatch(x, weights, bank, onto, inplace=True)
     assert same.data_ptr() == onto.data_ptr()
     assert_close(same, separate)
     assert not torch.equal(before, onto)
@@ -49,7 +59,7 @@ def test_an_expert_that_is_not_chosen_may_overflow_in_float16(expert):
     first = bank.factor(bank.factor_names[0]).weight
     first.data[bank.size.rank :] = 6e4  # every other expert
     assert torch.isinf(bank.down(x)).any()
-    y = mix(x, weights, bank, torch.zeros(T, OUT, dtype=torch.float16))
+    y = dispatch(x, weights, bank, torch.zeros(T, OUT, dtype=torch.float16))
     assert torch.isfinite(y).all()
     one = bank.apply_one(x, 0)
     assert_close(
@@ -65,10 +75,10 @@ def test_one_token_and_no_token_are_batches_too(expert):
     for tokens in (0, 1):
         x, onto = hidden(tokens), hidden(tokens, OUT)
         weights = torch.rand(tokens, E, dtype=torch.float64)
-        y = mix(x, weights, bank, onto)
+        y = dispatch(x, weights, bank, onto)
         assert y.shape == (tokens, OUT)
         if tokens:
-            assert_close(y, mix_reference(x, weights, bank, onto))
+            assert_close(y, dispatch_reference(x, weights, bank, onto))
 
 
 @experts
@@ -76,7 +86,7 @@ def test_dispatch_passes_gradcheck(expert):
     bank = make_bank(expert, num_shared=1)
     x, onto = hidden(3).requires_grad_(), hidden(3, OUT).requires_grad_()
     weights = torch.rand(3, E, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *a: mix(a[0], a[1], bank, a[2]), (x, weights, onto))
+    assert torch.autograd.gradcheck(lambda *a: dispatch(a[0], a[1], bank, a[2]), (x, weights, onto))
 
 
 # --- slots
@@ -150,7 +160,8 @@ def test_the_base_projections_of_an_ffn_run_once_whatever_k(expert):
     for k in (1, 2, E):
         weights = make_router({"name": "top_k", "k": k})(hidden(), ALL_REAL).weights
         slots = Slots.of(weights, k, sums_to_one=k > 1)
-        wide = expand(hidden(), slots, make_bank(expert, D, 11), hidden(T, 11))
+        bank = make_bank(expert, D, 11)
+        wide = expand(bank.down(hidden()), slots, bank, hidden(T, 11))
         assert wide.shape[0] == slots.weights.shape[0]
         calls.clear()
         contract(wide, slots, make_bank(expert, 11, OUT), counted)

@@ -1,0 +1,1 @@
+"""Speed and memory of mixtures of LoRA experts beside plain LoRA and the other implementations."""
