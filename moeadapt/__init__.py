@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from moeadapt.tuner.inspect import collect_routing as collect_routing
     from moeadapt.tuner.inspect import set_aux_loss_scale as set_aux_loss_scale
     from moeadapt.tuner.inspect import step_schedule as step_schedule
+    from moeadapt.tuner.override import override_routing as override_routing
 
 _HOME = {
     "BALANCE": "moeadapt.balance",
@@ -52,6 +53,7 @@ _HOME = {
     "init_from_adapters": "moeadapt.tuner.from_adapters",
     "init_routers_kmeans": "moeadapt.tuner.init",
     "merge": "moeadapt.export.merge",
+    "override_routing": "moeadapt.tuner.override",
     "set_aux_loss_scale": "moeadapt.tuner.inspect",
     "split": "moeadapt.export.split",
     "step_schedule": "moeadapt.tuner.inspect",

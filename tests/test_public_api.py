@@ -51,6 +51,7 @@ def test_public_names_are_these():
         "init_from_adapters",
         "init_routers_kmeans",
         "merge",
+        "override_routing",
         "set_aux_loss_scale",
         "split",
         "step_schedule",

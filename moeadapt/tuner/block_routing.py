@@ -59,7 +59,7 @@ class BlockRouting:
     @property
     def max_active(self) -> int:
         """Upper bound on the experts of one token."""
-        return self._head.router.max_active
+        return self._head.max_active
 
     @property
     def slots(self) -> Slots:

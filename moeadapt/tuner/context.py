@@ -5,6 +5,7 @@ pickled with the model, without anything that belongs to a running forward.
 """
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,7 @@ class RoutingContext:
         heads: adapter name -> layer name -> its router; aux losses are averaged over them.
         blocks: path of a block -> the block, shared by all adapters.
         generation: keeps casts of the experts' matrices while tokens are being generated.
+        override: replaces each routing while `override_routing` is active, else None.
         decides_per_sequence: whether some router decides once for a whole sequence.
         scale_is_set: whether a trainer (or `set_aux_loss_scale`) supplied the scale.
     """
@@ -43,6 +45,7 @@ class RoutingContext:
         self.heads: dict[str, dict[str, RouterHead]] = {}
         self.blocks: dict[str, Block] = {}
         self.generation = Generation()
+        self.override: Callable[[str, Routing], Routing] | None = None
         self.decides_per_sequence = False
         self.scale_is_set = False
         self._scale_value = 1.0

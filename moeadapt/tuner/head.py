@@ -85,7 +85,14 @@ class RouterHead:
     @property
     def sums_to_one(self) -> bool:
         """Whether each token's weights sum to one."""
-        return self.router.sums_to_one and not self.expert_dropout
+        overridden = self._context.override is not None
+        return self.router.sums_to_one and not self.expert_dropout and not overridden
+
+    @property
+    def max_active(self) -> int:
+        """Upper bound on the experts of one token."""
+        overridden = self._context.override is not None
+        return self.router.num_experts if overridden else self.router.max_active
 
     def __call__(self, hidden: Float[Tensor, "*T D"]) -> Float[Tensor, "T E"]:
         """Return the weights of `hidden`'s tokens, with the balance losses attached.
@@ -97,7 +104,9 @@ class RouterHead:
         """
         router = self.router
         routing = self._route(router, hidden)
-        collected = self._context.collected
+        collected, override = self._context.collected, self._context.override
+        if override is not None:
+            routing = override(self.name, routing)
         if collected is not None and not torch.compiler.is_compiling():
             collected.setdefault(self.name, []).append(routing.detach())
         weights = routing.expert_weights
@@ -133,11 +142,8 @@ class RouterHead:
     def _attach(
         self, weights: Float[Tensor, "T E"], routing: Routing, hidden: Tensor
     ) -> Float[Tensor, "T E"]:
-        mixture = Mixture(
-            router=self.router,
-            banks=self.banks,
-            hidden=hidden.reshape(-1, hidden.shape[-1]),
-        )
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        mixture = Mixture(router=self.router, banks=self.banks, hidden=flat)
         losses = [config.loss(routing, mixture) for config in self.balance.values()]
         total = weights.new_zeros(())
         for config, loss in zip(self.balance.values(), losses, strict=True):
@@ -146,8 +152,7 @@ class RouterHead:
             self._context.check_scale(hidden, self.router)
         sink = self.sink(weights.device)
         if sink is None:
-            sink = torch.zeros_like(total)
-            packed = sink
+            sink = packed = torch.zeros_like(total)
         else:
             packed = stats.pack(routing, losses)
             if mixture.router.record_size:
@@ -178,8 +183,8 @@ class RouterHead:
     @property
     def packed_size(self) -> int:
         """Length of the counts: those of `stats.pack`, and the router's own record."""
-        own = stats.packed_size(self.router.width, len(self.balance))
-        return own + self.router.record_size
+        router = self.router
+        return stats.packed_size(router.width, len(self.balance)) + router.record_size
 
     def unpack(self, counts: Float[Tensor, " S"]) -> stats.RouterStats:
         """Turn a sum of counts into averages."""
@@ -236,9 +241,8 @@ class RouterHead:
 
     def _check_step(self) -> None:
         """Notice a training loop that does not say at which step it is."""
-        if self.schedule is None or self.step is not None or self._told:
-            return
-        if torch.compiler.is_compiling() or not self.trains:
+        is_told = self.step is not None or self._told
+        if self.schedule is None or is_told or torch.compiler.is_compiling() or not self.trains:
             return
         self._told = True
         warnings.warn(

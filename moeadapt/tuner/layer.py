@@ -168,7 +168,7 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
         if plan.block is not None:
             return self.moe_blocks[name].routing(name).dispatch(bank, x, seen, out, inplace)
         head = self.moe_heads[name]
-        weights, k = head(x), head.router.max_active
+        weights, k = head(x), head.max_active
         return dispatch(seen, weights, bank, out, inplace=inplace, max_active=k)
 
     def _forward_ffn(self, x: Tensor, adapters: list[str]) -> Tensor:
