@@ -183,8 +183,7 @@ class RouterHead:
     @property
     def packed_size(self) -> int:
         """Length of the counts: those of `stats.pack`, and the router's own record."""
-        router = self.router
-        return stats.packed_size(router.width, len(self.balance)) + router.record_size
+        return stats.packed_size(self.router.width, len(self.balance)) + self.router.record_size
 
     def unpack(self, counts: Float[Tensor, " S"]) -> stats.RouterStats:
         """Turn a sum of counts into averages."""
