@@ -1,0 +1,1 @@
+"""Held-out evaluation of adapters: domains, arms, forgetting."""

@@ -1,0 +1,1 @@
+"""What experts contribute: the numbers behind a routing report."""
