@@ -1,0 +1,1 @@
+"""Whether routing helps: worlds with a known optimum, and a real model."""

@@ -1,0 +1,102 @@
+"""Held-out and training rows of the domains, made from packages: nothing to download by hand.
+
+Three come with the library's demo. Two more are used where their packages are installed: WordNet's
+definitions (Debian `wordnet-base`) and SPDX licences (npm `spdx-license-list`).
+"""
+
+import json
+import random
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from moeadapt.embedded import TASKS, load_task
+
+Row = dict[str, str]
+WORDNET = Path("/usr/share/wordnet")
+LICENSES = Path("node_modules/spdx-license-list/licenses")
+FILES = {"wordnet": WORDNET / "data.noun", "license": LICENSES}
+"""Where the packages of the further domains put their data."""
+
+_HELD_OUT_EVERY = 5
+_MOST_CHARACTERS = 240
+
+
+def available() -> list[str]:
+    """Return the domains whose data is on this machine."""
+    return [*TASKS, *(name for name, path in FILES.items() if path.exists())]
+
+
+def load(
+    domains: Sequence[str], *, train: int, test: int, seed: int
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """Return training, validation and test rows, all domains in turn.
+
+    Args:
+        domains: names out of `available()`.
+        train: training rows of each.
+        test: held-out rows of each, for validation and as many for the test.
+        seed: which training rows; the held-out rows are the same for every seed.
+    """
+    parts: list[list[list[Row]]] = [[], [], []]
+    for name in domains:
+        if name in TASKS:
+            held_out = load_task(name, train=0, test=2 * test, seed=0).test
+            rows = load_task(name, train=train, test=0, seed=seed).train
+        else:
+            rows, held_out = _split(_further(name), name, train, 2 * test, seed)
+        for part, own in zip(parts, (rows, held_out[:test], held_out[test:]), strict=True):
+            part.append(own)
+    train_rows, validation, test_rows = (
+        [row for turn in zip(*part, strict=True) for row in turn] for part in parts
+    )
+    return train_rows, validation, test_rows
+
+
+def _split(
+    pairs: list[tuple[str, str]], name: str, train: int, test: int, seed: int
+) -> tuple[list[Row], list[Row]]:
+    """Hold out by the prompt alone, so that no seed trains on what another seed tests."""
+    rows = [{"prompt": prompt, "completion": text, "domain": name} for prompt, text in pairs]
+    held_out = [row for row in rows if zlib.crc32(row["prompt"].encode()) % _HELD_OUT_EVERY == 0]
+    others = [row for row in rows if zlib.crc32(row["prompt"].encode()) % _HELD_OUT_EVERY]
+    random.Random(0).shuffle(held_out)
+    random.Random(seed).shuffle(others)
+    if len(others) < train or len(held_out) < test:
+        raise SystemExit(
+            f"{name} has {len(others)} training and {len(held_out)} held-out rows; "
+            f"{train} and {test} were asked for"
+        )
+    return others[:train], held_out[:test]
+
+
+def _further(name: str) -> list[tuple[str, str]]:
+    return _wordnet() if name == "wordnet" else _licenses()
+
+
+def _wordnet() -> list[tuple[str, str]]:
+    """Return a noun and its definition, one per synset."""
+    found = {}
+    for line in FILES["wordnet"].read_text(encoding="utf-8").splitlines():
+        head, _, gloss = line.partition(" | ")
+        fields = head.split()
+        if line.startswith(" ") or not gloss or not re.fullmatch(r"[a-z]{4,14}", fields[4]):
+            continue
+        definition = gloss.split(";")[0].strip()
+        if definition:
+            found.setdefault(f"Define the word: {fields[4]}", definition[:_MOST_CHARACTERS])
+    return list(found.items())
+
+
+def _licenses() -> list[tuple[str, str]]:
+    """Return the first lines of a passage of a licence and how it goes on."""
+    found = {}
+    for path in sorted(FILES["license"].glob("*.json")):
+        licence = json.loads(path.read_text(encoding="utf-8"))
+        for passage in licence["licenseText"].split("\n\n"):
+            words = passage.split()
+            if len(words) >= 30:
+                opening, rest = " ".join(words[:12]), " ".join(words[12:40])
+                found.setdefault(f"Continue the licence: {opening}", rest[:_MOST_CHARACTERS])
+    return list(found.items())
