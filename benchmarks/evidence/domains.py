@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moeadapt.embedded import TASKS, load_task
+from moeadapt.errors import ConfigError
 
 Row = dict[str, str]
 WORDNET = Path("/usr/share/wordnet")
@@ -29,7 +30,7 @@ def available() -> list[str]:
 
 
 def load(
-    domains: Sequence[str], *, train: int, test: int, seed: int
+    domains: Sequence[str], *, train: int, test: int, longest: int, seed: int
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Return training, validation and test rows, all domains in turn.
 
@@ -37,15 +38,19 @@ def load(
         domains: names out of `available()`.
         train: training rows of each.
         test: held-out rows of each, for validation and as many for the test.
+        longest: characters of prompt and answer together; longer rows are left out.
         seed: which training rows; the held-out rows are the same for every seed.
     """
     parts: list[list[list[Row]]] = [[], [], []]
     for name in domains:
-        if name in TASKS:
-            held_out = load_task(name, train=0, test=2 * test, seed=0).test
-            rows = load_task(name, train=train, test=0, seed=seed).train
-        else:
-            rows, held_out = _split(_further(name), name, train, 2 * test, seed)
+        pairs = _of_task(name, train, test, seed) if name in TASKS else _of_package(name, seed)
+        short = [[row for row in rows if _length(row) <= longest] for rows in pairs]
+        if len(short[0]) < train or len(short[1]) < 2 * test:
+            raise SystemExit(
+                f"{name} has {len(short[0])} training and {len(short[1])} held-out rows of up to "
+                f"{longest} characters; {train} and {2 * test} were asked for"
+            )
+        rows, held_out = short[0][:train], short[1][: 2 * test]
         for part, own in zip(parts, (rows, held_out[:test], held_out[test:]), strict=True):
             part.append(own)
     train_rows, validation, test_rows = (
@@ -54,25 +59,30 @@ def load(
     return train_rows, validation, test_rows
 
 
-def _split(
-    pairs: list[tuple[str, str]], name: str, train: int, test: int, seed: int
-) -> tuple[list[Row], list[Row]]:
+def _length(row: Row) -> int:
+    return len(row["prompt"]) + len(row["completion"])
+
+
+def _of_task(name: str, train: int, test: int, seed: int) -> tuple[list[Row], list[Row]]:
+    """Return more rows than asked for, since long ones will be left out, as far as there are."""
+    for spare in (8, 4, 2, 1):
+        try:
+            held_out = load_task(name, train=0, test=2 * test * spare, seed=0).test
+            return load_task(name, train=train * spare, test=0, seed=seed).train, held_out
+        except ConfigError:
+            continue
+    return [], []
+
+
+def _of_package(name: str, seed: int) -> tuple[list[Row], list[Row]]:
     """Hold out by the prompt alone, so that no seed trains on what another seed tests."""
+    pairs = _wordnet() if name == "wordnet" else _licenses()
     rows = [{"prompt": prompt, "completion": text, "domain": name} for prompt, text in pairs]
     held_out = [row for row in rows if zlib.crc32(row["prompt"].encode()) % _HELD_OUT_EVERY == 0]
     others = [row for row in rows if zlib.crc32(row["prompt"].encode()) % _HELD_OUT_EVERY]
     random.Random(0).shuffle(held_out)
     random.Random(seed).shuffle(others)
-    if len(others) < train or len(held_out) < test:
-        raise SystemExit(
-            f"{name} has {len(others)} training and {len(held_out)} held-out rows; "
-            f"{train} and {test} were asked for"
-        )
-    return others[:train], held_out[:test]
-
-
-def _further(name: str) -> list[tuple[str, str]]:
-    return _wordnet() if name == "wordnet" else _licenses()
+    return others, held_out
 
 
 def _wordnet() -> list[tuple[str, str]]:

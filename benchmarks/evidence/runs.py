@@ -108,7 +108,7 @@ def fit(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        curve.append(float(loss))
+        curve.append(float(loss.detach()))
         seconds.append(time.perf_counter() - start)
     return curve, sorted(seconds)[len(seconds) // 2]
 

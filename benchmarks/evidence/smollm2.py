@@ -1,0 +1,233 @@
+"""Mixtures and plain LoRAs on a real model: `python -m benchmarks.evidence.smollm2`.
+
+Every arm sees the same rows in the same order. The learning rate is swept for each arm with the
+first seed and chosen on validation rows; errors are over seeds. `--full` is for a GPU.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from benchmarks.common import append_csv, where
+from benchmarks.evidence import domains, runs, sequential
+from benchmarks.evidence.arms import ARMS, REDUCED, Sizes
+from benchmarks.evidence.base_text import base_text
+from moeadapt.embedded import resolve_model
+
+BASE = "embedded:smollm2-135m"
+RESULTS = Path("benchmarks/results")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """How much is done.
+
+    Attributes:
+        arms: names.
+        rates: learning rates to sweep.
+        seeds: runs of each arm at its rate.
+        steps: of training, and half as many for each part of the sequence.
+        batch: rows of a step.
+        train: rows of each domain.
+        test: rows of each domain, and as many for validation.
+        texts: of base text.
+        longest: characters of prompt and answer together.
+    """
+
+    arms: tuple[str, ...]
+    rates: tuple[float, ...]
+    seeds: int
+    steps: int
+    batch: int
+    train: int
+    test: int
+    texts: int
+    longest: int
+
+
+SMALL = Preset(
+    arms=REDUCED,
+    rates=(5e-4, 2e-3),
+    seeds=3,
+    steps=24,
+    batch=4,
+    train=80,
+    test=10,
+    texts=4,
+    longest=240,
+)
+FULL = Preset(
+    arms=tuple(ARMS), rates=(1e-4, 3e-4, 1e-3, 3e-3), seeds=3, steps=600, batch=32, train=8000,
+    test=200, texts=60, longest=1000,
+)  # fmt: skip
+TOY = Preset(
+    arms=("lora_total", "oracle_routing"), rates=(1e-3,), seeds=2, steps=2, batch=2, train=4,
+    test=2, texts=1, longest=240,
+)  # fmt: skip
+
+
+class Bench:
+    """One base model, its rows, and the runs on them."""
+
+    def __init__(self, preset: Preset, device: str, path: str | None = None) -> None:
+        """Load tokenizer and rows; `path`: a base, the built-in model if left out."""
+        self.preset, self.device, self.sizes = preset, device, Sizes()
+        self.path = path or resolve_model(BASE)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.names = domains.available()
+        self.texts = base_text(preset.texts)
+        self.rows = {seed: self._rows(seed) for seed in range(preset.seeds)}
+        with torch.no_grad():
+            base = self.load().eval()
+            self.base_loss = runs.base_text_loss(base, self.tokenizer, self.texts)
+            scored = partial(runs.score, base, "lora_total", self.tokenizer)
+            self.base_losses = scored(self.rows[0][2], self.names, self.sizes)
+
+    def _rows(self, seed: int) -> tuple[list[Any], list[Any], list[Any]]:
+        preset = self.preset
+        sizes = {"train": preset.train, "test": preset.test, "longest": preset.longest}
+        return domains.load(self.names, **sizes, seed=seed)
+
+    def load(self) -> Any:
+        """Return a fresh base in float32."""
+        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        return model.to(self.device)
+
+    def run(self, arm: str, rate: float, seed: int, last: bool) -> runs.Run:
+        """Train and score once; `last`: measure size, speed and forgetting too."""
+        train, validation, test = self.rows[seed]
+        model = runs.start(arm, self.load, self.sizes, seed)
+        curve, seconds = runs.fit(
+            model, arm, self.tokenizer, train, self.names, self.sizes,
+            rate=rate, steps=self.preset.steps, batch=self.preset.batch, seed=seed,
+        )  # fmt: skip
+        scored = partial(runs.score, model, arm, self.tokenizer)
+        on_validation = scored(validation, self.names, self.sizes)
+        result = runs.Run(
+            arm=arm,
+            rate=rate,
+            seed=seed,
+            validation=statistics.mean(on_validation.values()),
+            losses=scored(test, self.names, self.sizes),
+            # Base text has no domain, so an oracle cannot route it.
+            forgetting=float("nan"),
+            parameters=runs.parameters(model),
+            step_seconds=seconds,
+            peak_memory=runs.peak_memory(torch.device(self.device)),
+            curve=curve,
+        )
+        if last:
+            result.file_size = runs.adapter_bytes(model)
+            if arm != "oracle_routing":
+                loss = runs.base_text_loss(model, self.tokenizer, self.texts)
+                result.forgetting = loss - self.base_loss
+                prompt = test[0]["prompt"]
+                result.generated = runs.tokens_per_second(model, self.tokenizer, prompt)
+        return result
+
+    def measure(self, arm: str) -> list[runs.Run]:
+        """Sweep the rate with the first seed, then run the other seeds."""
+        swept = [self.run(arm, rate, 0, last=True) for rate in self.preset.rates]
+        best = min(swept, key=lambda run: run.validation)
+        others = range(1, self.preset.seeds)
+        return [best, *(self.run(arm, best.rate, seed, last=True) for seed in others)]
+
+    def sequence(self, arm: str, rate: float) -> list[sequential.Sequence2]:
+        """Train on the first domain, then on the second, with each seed."""
+        how: dict[str, Any] = {"rate": rate, "batch": self.preset.batch}
+        how["steps"] = max(self.preset.steps // 2, 1)
+        names = (self.names[0], self.names[1])
+        found = []
+        for seed, (train, _, test) in self.rows.items():
+            data = (train, test)
+            job = partial(sequential.run, arm, self.load, self.tokenizer, data, names, self.sizes)
+            found.append(job(**how, seed=seed))
+        return found
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Return the mean and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+
+
+def row_of(found: list[runs.Run], preset: Preset) -> dict[str, Any]:
+    """Return one arm in the columns of PEFT's method comparison, and ours behind them."""
+    test, error = mean_and_error([run.test for run in found])
+    forgotten = [run.forgetting for run in found if run.forgetting == run.forgetting]
+    one = found[0]
+    row: dict[str, Any] = {
+        "task_name": "moeadapt-domains",
+        "experiment_name": one.arm,
+        "peft_type": "LORA" if one.arm.startswith("lora") else "MOEADAPT",
+        "test_nll": round(test, 4),
+        "test_nll_se": round(error, 4),
+        "num_trainable_params": one.parameters,
+        "accelerator_memory_max": max(run.peak_memory for run in found),
+        "train_time_per_step": round(statistics.median(run.step_seconds for run in found), 3),
+        "file_size": one.file_size,
+        "forgetting": round(statistics.mean(forgotten), 4) if forgotten else "",
+        "decode_tokens_per_second": round(one.generated, 1) or "",
+        "learning_rate": one.rate,
+        "seeds": len(found),
+        "steps": preset.steps,
+        "batch": preset.batch,
+    }
+    for name in one.losses:
+        middle, spread = mean_and_error([run.losses[name] for run in found])
+        row[f"nll_{name}"], row[f"nll_{name}_se"] = round(middle, 4), round(spread, 4)
+    return row
+
+
+def sequence_row(found: list[sequential.Sequence2]) -> dict[str, Any]:
+    """Return one arm of the sequential training."""
+    row: dict[str, Any] = {"experiment_name": found[0].arm, "seeds": len(found)}
+    for name in ("first_before", "first_after", "second_after", "interference"):
+        middle, spread = mean_and_error([getattr(one, name) for one in found])
+        row[name], row[f"{name}_se"] = round(middle, 4), round(spread, 4)
+    return row
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run every arm and append its rows."""
+    parser = argparse.ArgumentParser(prog="smollm2", description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--full", action="store_true", help="for a GPU")
+    size.add_argument("--toy", action="store_true", help="to see that it works")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--base", help=f"a folder, {BASE} if left out")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS))
+    parser.add_argument("--no-sequence", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    args = parser.parse_args(arguments)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    preset = FULL if args.full else TOY if args.toy else SMALL
+    begin = time.perf_counter()
+    bench = Bench(preset, args.device, args.base)
+    place = where(args.device)
+    base = " ".join(f"{name} {loss:.3f}" for name, loss in bench.base_losses.items())
+    print(f"base model: {base}; base text {bench.base_loss:.3f}", flush=True)
+    for arm in args.arms or preset.arms:
+        found = bench.measure(arm)
+        row = row_of(found, preset)
+        append_csv(args.results / "smollm2.csv", [{**row, **place}])
+        text = f"{arm}: {row['test_nll']:.3f} ± {row['test_nll_se']:.3f} at {row['learning_rate']}"
+        if not args.no_sequence and arm != "oracle_routing":
+            after = sequence_row(bench.sequence(arm, found[0].rate))
+            append_csv(args.results / "smollm2_sequential.csv", [{**after, **place}])
+            text += f"; interference {after['interference']:.3f} ± {after['interference_se']:.3f}"
+        print(f"{text} ({time.perf_counter() - begin:.0f} s)", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
