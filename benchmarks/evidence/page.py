@@ -1,0 +1,186 @@
+"""Writes docs/evidence.md from the CSV files: `python -m benchmarks.evidence.page`.
+
+The last run of each arm counts. Which arm is better is said by the numbers alone: a difference of
+less than twice its standard error is called within noise.
+"""
+
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+RESULTS, PAGE = Path("benchmarks/results"), Path("docs/evidence.md")
+Row = dict[str, str]
+
+ARMS = {
+    "lora_total": "plain LoRA, equal total rank",
+    "lora_kr": "plain LoRA, equal total rank",
+    "lora_active": "plain LoRA, equal active rank",
+    "lora_r": "plain LoRA, the rank of one expert",
+    "lora_params": "plain LoRA, equal parameters",
+    "mixture_block": "mixture, one routing per block",
+    "mixture_layer": "mixture, a router per linear",
+    "mixture_ffn": "mixture on the FFN",
+    "mixture_shared_a": "mixture, shared A",
+    "mixture_threshold": "mixture, threshold router",
+    "mixture_top_p": "mixture, top-p router",
+    "mixture_soft": "mixture, soft router",
+    "mixture_k2": "mixture, top-2",
+    "mixture_k1": "mixture, top-1",
+    "frozen_random_router": "mixture, frozen random router",
+    "uniform_router": "mixture, uniform weights",
+    "oracle_routing": "mixture, routed by the true domain",
+}
+
+
+def read(path: Path, keys: Sequence[str]) -> list[Row]:
+    """Return the last row of each arm, in the order of the file; empty if there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    last = {tuple(row[key] for key in keys): row for row in rows}
+    return list(last.values())
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows)]
+
+
+def measured(row: Row, name: str, digits: int = 3) -> str:
+    """Return `mean ± standard error`."""
+    return f"{float(row[name]):.{digits}f} ± {float(row[f'{name}_se']):.{digits}f}"
+
+
+def compared(row: Row, other: Row, name: str) -> str:
+    """Say how an arm stands to another one, lower being better."""
+    gap = float(row[name]) - float(other[name])
+    error = math.hypot(float(row[f"{name}_se"]), float(other[f"{name}_se"]))
+    if row is other:
+        return "the baseline"
+    if abs(gap) <= 2 * error:
+        return f"within noise ({gap:+.3f})"
+    return f"{'loses' if gap > 0 else 'wins'} ({gap:+.3f})"
+
+
+def where(row: Row) -> str:
+    """Say on what a row was measured."""
+    return (
+        f"Measured on {row['device']}, {row['threads']} threads, torch {row['torch']}, "
+        f"transformers {row['transformers']}, peft {row['peft']}, commit {row['commit']}."
+    )
+
+
+def worlds(rows: list[Row]) -> list[str]:
+    """Return the section of the two worlds."""
+    if not rows:
+        return []
+    lines = [
+        "## Two worlds with a known optimum",
+        "",
+        "`python -m benchmarks.evidence.two_worlds`. Error over the mean square of the outputs, ± "
+        f"standard error over {rows[0]['seeds']} seeds, {rows[0]['steps']} steps of 256 samples; "
+        "the learning rate is swept for every arm.",
+        where(rows[0]),
+    ]
+    about = {
+        "conflict": "Every domain maps the same inputs to other outputs, and a cue tells which: "
+        "no static adapter of any rank gets below {}.",
+        "separable": "Every domain has inputs of its own: one plain LoRA of the total rank is "
+        "exact ({}), so that a mixture must not win.",
+    }
+    for kind, text in about.items():
+        own = [row for row in rows if row["world"] == kind]
+        if not own:
+            continue
+        best = next(row for row in own if row["arm"] == "lora_kr")
+        cells = [
+            [ARMS[r["arm"]], measured(r, "error"), r["parameters"], compared(r, best, "error")]
+            for r in own
+        ]
+        header = ["arm", "error", "parameters", "against LoRA of equal total rank"]
+        bound = f"{float(own[0]['static_bound']):.3f}"
+        lines += ["", f"### {kind}", "", text.format(bound), "", *table(header, cells)]
+    return lines
+
+
+def model(rows: list[Row]) -> list[str]:
+    """Return the section of the real model."""
+    if not rows:
+        return []
+    first = rows[0]
+    names = [key[4:] for key in first if key.startswith("nll_") and not key.endswith("_se")]
+    best = next(row for row in rows if row["experiment_name"] == "lora_total")
+    quality, cost = [], []
+    for row in rows:
+        arm = ARMS[row["experiment_name"]]
+        each = [measured(row, f"nll_{name}", 2) for name in names]
+        said = compared(row, best, "test_nll")
+        quality.append([arm, measured(row, "test_nll"), said, *each, row["learning_rate"]])
+        forgetting = f"{float(row['forgetting']):+.3f}" if row["forgetting"] else ""
+        millions = f"{int(row['num_trainable_params']) / 1e6:.2f} M"
+        size = f"{int(row['file_size']) / 1e6:.1f} MB"
+        memory = f"{int(row['accelerator_memory_max']) / 1e9:.2f} GB"
+        speed = [row["train_time_per_step"], row["decode_tokens_per_second"]]
+        cost.append([arm, millions, size, *speed, memory, forgetting])
+    return [
+        "",
+        "## SmolLM2-135M on unrelated tasks",
+        "",
+        f"`python -m benchmarks.evidence.smollm2`. Held-out loss of the answers in nats per token, "
+        f"± standard error over {first['seeds']} seeds, {first['steps']} steps of "
+        f"{first['batch']} rows: a reduced form, far from convergence. The learning rate is swept "
+        "for every arm. Lower is better.",
+        where(first),
+        "",
+        *table(["arm", "all", "against LoRA of equal total rank", *names, "rate"], quality),
+        "",
+        "What it costs: `forgetting` is the rise of the loss of plain English over the base model, "
+        "in nats per token; memory is the most that the process held.",
+        "",
+        *table(
+            ["arm", "trainable", "file", "s / step", "tokens / s", "memory", "forgetting"], cost
+        ),
+    ]
+
+
+def sequence(rows: list[Row]) -> list[str]:
+    """Return the section of one domain after the other."""
+    if not rows:
+        return []
+    names = ["first_before", "first_after", "interference", "second_after"]
+    cells = [
+        [ARMS[row["experiment_name"]], *(measured(row, name) for name in names)] for row in rows
+    ]
+    return [
+        "",
+        "## One domain after the other",
+        "",
+        "Trained on `pronounce`, then on `math_word`, with the rate found above: what the second "
+        "does to the loss of the first, in nats per token.",
+        where(rows[0]),
+        "",
+        *table(["arm", "first, before", "first, after", "lost", "second, after"], cells),
+    ]
+
+
+def page(results: Path) -> str:
+    """Return the page."""
+    lines = [
+        "# Does routing help? What was measured",
+        "",
+        "Losing cases are rows like the others. Written by `make evidence-page` from the CSV files "
+        "in `benchmarks/results`.",
+        "",
+        *worlds(read(results / "two_worlds.csv", ("world", "arm"))),
+        *model(read(results / "smollm2.csv", ("experiment_name",))),
+        *sequence(read(results / "smollm2_sequential.csv", ("experiment_name",))),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(RESULTS))
+    print(f"wrote {PAGE}")
