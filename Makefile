@@ -3,12 +3,13 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install demo bench test lint format docs slow clean help
+.PHONY: install demo bench evidence evidence-page test lint format docs slow clean help
 
 help:
 	@echo "make demo     train and compare on a real model (about 15 minutes on 2 cores)"
 	@echo "make test     linters, type checks and every test of the default suite"
 	@echo "make bench    speed and memory beside plain LoRA and others (25 minutes; ARGS=--quick: 3)"
+	@echo "make evidence whether routing helps: two worlds, and a real model (30 minutes on 2 cores)"
 	@echo "make install  only set up .venv"
 	@echo "make slow     the tests that download or take long"
 	@echo "make format   fix what the linter can fix"
@@ -26,6 +27,14 @@ demo: install
 
 bench: install
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+evidence: install
+	$(BIN)/python -m benchmarks.evidence.two_worlds
+	$(BIN)/python -m benchmarks.evidence.smollm2 $(ARGS)
+	$(MAKE) evidence-page
+
+evidence-page: install
+	$(BIN)/python -m benchmarks.evidence.page
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile

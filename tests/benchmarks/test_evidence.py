@@ -1,0 +1,116 @@
+"""Evidence on a real model: equal data for every arm, correct scores, a page that tells losses."""
+
+import json
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks.evidence import arms, domains, page, runs
+from benchmarks.evidence.arms import ARMS, Sizes
+from tests.tiny import tiny
+
+SIZES = Sizes(experts=4, rank=4, k=2)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_its_adapter_and_nothing_else(arm):
+    model = arms.attach(arm, tiny("llama"), SIZES, seed=0).train()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 1.0)
+    ids = torch.randint(3, 100, (2, 7))
+    for _ in range(2):  # B starts at zero, so A moves in the second step
+        with arms.routed(arm, model, [0, 1], 7, SIZES):
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed
+    assert all("lora" in name or "router" in name for name in changed)
+
+
+def test_the_oracle_gives_each_row_the_expert_of_its_domain():
+    import moeadapt
+
+    model = arms.attach("oracle_routing", tiny("llama"), SIZES, seed=0).eval()
+    ids = torch.randint(3, 100, (3, 5))
+    around = arms.routed("oracle_routing", model, [2, 0, 5], 5, SIZES)
+    with torch.no_grad(), moeadapt.collect_routing(model) as routings, around:
+        model(input_ids=ids)
+    for routing in (found[0] for found in routings.values()):
+        assert routing.weights.argmax(-1).view(3, 5).tolist() == [[2] * 5, [0] * 5, [1] * 5]
+        assert_close(routing.weights.sum(-1), torch.ones(15))
+
+
+def test_arms_of_equal_total_rank_have_as_many_parameters_but_for_the_routers():
+    def parameters(arm: str) -> tuple[int, int]:
+        model = arms.attach(arm, tiny("llama"), SIZES, seed=0)
+        own = [(n, p.numel()) for n, p in model.named_parameters() if p.requires_grad]
+        return sum(n for name, n in own if "router" not in name), sum(n for _, n in own)
+
+    assert parameters("mixture_block")[0] == parameters("lora_total")[1]
+
+
+def test_answer_losses_count_answers_only():
+    logits, labels = (
+        torch.randn(2, 5, 11),
+        torch.tensor([[-100, -100, 3, 4, 5], [-100, 1, 2, -100, -100]]),
+    )
+    total, count = runs.answer_losses(logits, labels)
+    assert count.tolist() == [3, 2]
+    for row in range(2):
+        slow = sum(
+            -logits[row, t].log_softmax(-1)[labels[row, t + 1]]
+            for t in range(4)
+            if labels[row, t + 1] != -100
+        )
+        assert_close(total[row], slow)
+
+
+def test_batches_use_every_row_before_one_comes_again():
+    rows = [{"prompt": str(n)} for n in range(5)]
+    seen = [row["prompt"] for batch in runs.batches(rows, 2, 5, seed=0) for row in batch]
+    assert sorted(seen[:5]) == sorted(seen[5:]) == [str(n) for n in range(5)]
+    again = [row["prompt"] for batch in runs.batches(rows, 2, 5, seed=0) for row in batch]
+    assert seen == again
+
+
+def test_rows_of_a_package_are_held_out_by_their_prompt(tmp_path, monkeypatch):
+    folder = tmp_path / "licenses"
+    folder.mkdir()
+    for n in range(40):
+        text = "\n\n".join(" ".join(f"w{n}.{p}.{w}" for w in range(50)) for p in range(3))
+        (folder / f"{n}.json").write_text(json.dumps({"licenseText": text}))
+    monkeypatch.setitem(domains.FILES, "license", folder)
+    found = [
+        domains.load(["license"], train=20, test=5, longest=10_000, seed=seed) for seed in (0, 1)
+    ]
+    prompts = [[{row["prompt"] for row in part} for part in parts] for parts in found]
+    assert prompts[0][0] != prompts[1][0]
+    assert prompts[0][1:] == prompts[1][1:]
+    for parts in prompts:
+        assert [len(part) for part in parts] == [20, 5, 5]
+    assert not (prompts[0][0] | prompts[1][0]) & (prompts[0][1] | prompts[0][2])
+    assert not prompts[0][1] & prompts[0][2]
+
+
+def test_too_few_rows_end_with_the_numbers():
+    with pytest.raises(SystemExit, match="pronounce has .* were asked for"):
+        domains.load(["pronounce"], train=10, test=1, longest=3, seed=0)
+
+
+def row(arm: str, value: float, error: float) -> dict[str, str]:
+    return {"world": "conflict", "arm": arm, "error": str(value), "error_se": str(error)}
+
+
+def test_the_page_says_who_loses():
+    base = row("lora_kr", 1.0, 0.1)
+    assert page.compared(base, base, "error") == "the baseline"
+    assert page.compared(row("mixture_k2", 1.5, 0.1), base, "error") == "loses (+0.500)"
+    assert page.compared(row("mixture_k2", 0.5, 0.1), base, "error") == "wins (-0.500)"
+    assert page.compared(row("mixture_k2", 1.2, 0.1), base, "error").startswith("within noise")
+
+
+def test_the_committed_page_is_that_of_the_committed_results():
+    assert page.PAGE.read_text() == page.page(page.RESULTS)
