@@ -27,7 +27,8 @@ def float32_linear(
     """Return `x @ weight.T + bias` in float32 (float64 for float64 tokens), autocast off.
 
     Tokens in bfloat16 on CUDA are not cast, see above; the gradient of the weight is as precise as
-    the output, that of `x` is bfloat16 as `x` is. Everywhere else `x` is cast first:
+    the output, that of `x` is bfloat16 as `x` is. Everywhere else `x` is cast first, and again in
+    backward, so that what is kept is `x` itself:
 
     - on the CPU, which has no GEMM with bfloat16 inputs and a float32 output;
     - for float16: gradients carry the loss scale, so a cast to float16 before the multiplication
@@ -35,11 +36,15 @@ def float32_linear(
     - for as few tokens as in generation: splitting the weight takes more kernels than the cast.
     """
     with torch.autocast(x.device.type, enabled=False):
-        if not reads_uncast(x, weight):
-            x = x.to(torch.promote_types(x.dtype, torch.float32))
-            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        weight = weight.float()
         trains = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if not reads_uncast(x, weight):
+            wide = torch.promote_types(x.dtype, torch.float32)
+            bias = None if bias is None else bias.to(wide)
+            if trains and x.dtype != wide and not torch.compiler.is_compiling():
+                out = _CastLinear.apply(x, weight.to(wide))
+                return out if bias is None else out + bias
+            return F.linear(x.to(wide), weight.to(wide), bias)
+        weight = weight.float()
         # A Function costs time even where it records nothing.
         out = _Linear.apply(x, weight) if trains else _forward(x, split(weight))
         return out if bias is None else out + bias.float()
@@ -95,3 +100,24 @@ class _Linear(torch.autograd.Function):
                 return grad_x, None
             high, low = product(rows.t(), x).chunk(2, dim=0)
             return grad_x, high + low
+
+
+class _CastLinear(torch.autograd.Function):
+    """`x.float() @ weight.T`; keeps `x` as it is, half the bytes of its cast and nobody's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        for_x, for_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x if for_weight else None, weight if for_x else None)
+        ctx.dtype = x.dtype
+        return F.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_x = None if weight is None else (grad @ weight).to(ctx.dtype)
+            grad_weight = None if x is None else grad.t() @ x.to(grad.dtype)
+        return grad_x, grad_weight

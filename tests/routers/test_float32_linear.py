@@ -226,3 +226,19 @@ def test_it_is_one_graph(device, autocast):
         assert_close(value, other)
     with torch.no_grad():
         assert_close(compiled(t.x, t.weight), run(t.x, t.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_of_half_tokens_is_not_kept_and_gradients_are_those_of_the_cast(dtype):
+    x = torch.randn(T, D).to(dtype).requires_grad_()
+    weight, bias = torch.randn(W, D, requires_grad=True), torch.randn(W, requires_grad=True)
+    upstream = torch.randn(T, W)
+    kept = saved_for_backward(lambda: linear(x, weight, bias), [x, weight, bias])
+    assert not [tensor for tensor in kept if tensor.numel() == x.numel()]
+    y = linear(x, weight, bias)
+    slow = x.float() @ weight.T + bias
+    assert_close(y, slow)
+    inputs = (x, weight, bias)
+    found, expected = (torch.autograd.grad(out, inputs, upstream) for out in (y, slow))
+    for mine, theirs in zip(found, expected, strict=True):
+        assert_close(mine, theirs)
