@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moeadapt import kernels
@@ -176,6 +177,7 @@ class _MixActivation(torch.autograd.Function):
         return _forward(plan, *tensors)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *_backward(ctx.plan, grads, *ctx.saved_tensors))
 
@@ -267,8 +269,8 @@ def _with_slope(activation: Activation, gate: Tensor) -> tuple[Tensor, Callable[
     if _is_silu(activation):
         return F.silu(gate), lambda grad: torch.ops.aten.silu_backward(grad, gate)
     with torch.enable_grad():
-        leaf = gate.requires_grad_()
-        active = activation(leaf)
+        leaf = gate.detach().requires_grad_()
+        active = activation(leaf.clone())  # it may work in place
     return active.detach(), lambda grad: torch.autograd.grad(active, leaf, grad)[0]
 
 

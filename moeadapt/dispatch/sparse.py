@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moeadapt.experts.base import ExpertBank
+from moeadapt.experts.lora import multiply
 
 
 def grouped(
@@ -31,7 +32,7 @@ def grouped(
     ends_E = torch.searchsorted(sorted_S, bounds_E).int()
     scaled_S = (weights_Tk.flatten()[order_S] * bank.size.scale).to(x.dtype)
     hidden_Sr = _per_expert(x[tokens_S], a_ErD.transpose(1, 2), ends_E)
-    out_SO = _per_expert(hidden_Sr * scaled_S.unsqueeze(-1), b_ErO, ends_E)
+    out_SO = _per_expert(multiply(hidden_Sr, scaled_S.unsqueeze(-1)), b_ErO, ends_E)
     # Back in the order of the tokens by a permutation, whose backward is one too.
     back_S = torch.empty_like(order_S).scatter_(
         0, order_S, torch.arange(order_S.shape[0], device=x.device)
@@ -56,7 +57,7 @@ def gather(
     own_a, own_b = a_ErD[experts_Tk].flatten(1, 2), b_ErO[experts_Tk].flatten(1, 2)
     hidden = torch.bmm(own_a, x.unsqueeze(-1)).view(*weights_Tk.shape, bank.size.rank)
     scaled = (weights_Tk * bank.size.scale).to(x.dtype).unsqueeze(-1)
-    gated = (hidden * scaled).flatten(1).unsqueeze(1)
+    gated = multiply(hidden, scaled).flatten(1).unsqueeze(1)
     return _add_shared(x, bank, onto + torch.bmm(gated, own_b).squeeze(1).to(onto.dtype))
 
 

@@ -14,25 +14,39 @@ from torch import Tensor
 class Generation:
     """Shared by all banks of a model; holds copies while one KV cache is in use.
 
-    Nothing outlives the KV cache that it was made for, and a matrix that has changed since is cast
-    anew. A plain object: it is copied with the model, without what it keeps.
+    Nothing outlives the KV cache that it was made for or the next prompt, and a matrix that was
+    replaced or changed in place is cast anew. A change through `.data` between two steps of one
+    answer cannot be seen: call `forget` after it. A plain object: it is copied with the model,
+    without what it keeps.
     """
 
     def __init__(self) -> None:
         """Keep nothing yet."""
         self._cache: weakref.ref[Any] | None = None
-        self._kept: dict[Any, tuple[Any, Tensor]] = {}
+        self._kept: dict[Any, _Kept] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running generation."""
         return {"_cache": None, "_kept": {}}
 
-    def enter(self, cache: Any) -> None:
-        """Start a forward with this KV cache; None: without one, so that nothing is kept."""
-        if cache is not None and self._cache is not None and self._cache() is cache:
+    def enter(self, cache: Any, tokens: int = 1) -> None:
+        """Start a forward.
+
+        Args:
+            cache: the KV cache; None: there is none, so that nothing is kept.
+            tokens: of each row; more than one are a prompt, which starts anew.
+        """
+        if cache is not None and self._cache is not None and self._cache() is cache and tokens == 1:
             return
+        self.forget()
+        try:
+            self._cache = None if cache is None else weakref.ref(cache, lambda _: self.forget())
+        except TypeError:  # some types cannot be followed, such as a list
+            self._cache = None
+
+    def forget(self) -> None:
+        """Drop every copy."""
         self._kept.clear()
-        self._cache = None if cache is None else weakref.ref(cache)
 
     @property
     def keeps(self) -> bool:
@@ -53,9 +67,25 @@ class Generation:
     def pack(self, matrices: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
         """Return the rows of all `matrices` below each other, in `dtype`."""
         key = (*(id(matrix) for matrix in matrices), dtype)
-        state = [(m.data_ptr(), None if m.is_inference() else m._version) for m in matrices]
         kept = self._kept.get(key)
-        if kept is None or kept[0] != state:
-            kept = (state, torch.cat([matrix.detach().to(dtype) for matrix in matrices]))
-            self._kept[key] = kept
-        return kept[1]
+        if kept is not None and kept.is_of(matrices):
+            return kept.packed
+        packed = torch.cat([matrix.detach().to(dtype) for matrix in matrices])
+        # Inference tensors do not tell when they change.
+        if not any(matrix.is_inference() for matrix in matrices):
+            self._kept[key] = _Kept(matrices, packed)
+        return packed
+
+
+class _Kept:
+    """A copy, and what it was made from: an id alone may be given to another tensor later."""
+
+    def __init__(self, matrices: tuple[Tensor, ...], packed: Tensor) -> None:
+        self.packed = packed
+        self._sources = [weakref.ref(matrix) for matrix in matrices]
+        self._state = [(m.data_ptr(), m._version) for m in matrices]
+
+    def is_of(self, matrices: tuple[Tensor, ...]) -> bool:
+        """Whether these are the same matrices, unchanged."""
+        same = all(ref() is m for ref, m in zip(self._sources, matrices, strict=True))
+        return same and self._state == [(m.data_ptr(), m._version) for m in matrices]

@@ -103,8 +103,9 @@ class LoraBank(ExpertBank):
 def multiply(hidden: Float[Tensor, "..."], weights: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
     """Return `hidden * weights`, zero where the weight is."""
     if hidden.dtype == torch.float16:
-        # An expert that is not chosen may overflow, and inf * 0 is NaN.
-        hidden = hidden.masked_fill(weights == 0, 0.0)
+        # An expert that is not chosen may overflow, and inf * 0 is NaN. Only what is not finite is
+        # masked: a weight may be 0 and have a gradient, as those of straight-through samples.
+        hidden = hidden.masked_fill((weights == 0) & ~hidden.isfinite(), 0.0)
     return hidden * weights
 
 

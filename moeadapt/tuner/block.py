@@ -4,6 +4,7 @@ The routing is made from the block's input by a forward pre-hook and dropped by 
 a recomputation of the block (gradient checkpointing) makes its own.
 """
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +41,11 @@ class Block:
         self._routings: dict[str, BlockRouting] = {}
         self._hidden_dims = 0
         self._open_slots = 0
+        self._thread: dict[str, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the routing of a running forward."""
-        return {**self.__dict__, "_routings": {}, "_open_slots": 0}
+        return {**self.__dict__, "_routings": {}, "_open_slots": 0, "_thread": {}}
 
     def install(self, model: nn.Module) -> None:
         """(Re)register the hooks on the modules that now sit at the planned paths."""
@@ -54,7 +56,12 @@ class Block:
             self.gated = GatedFfn.install(parent, self)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Route the block's input, once per active adapter."""
+        """Route the block's input, once per active adapter.
+
+        Raises:
+            UnsupportedError: the block is running in another thread.
+        """
+        self._claim()
         hidden = _first_tensor(args, kwargs)
         self._hidden_dims = hidden.dim()
         for adapter, owner in self.owners.items():
@@ -66,12 +73,30 @@ class Block:
 
     def leave(self, module: nn.Module, args: Any, output: Any = None) -> None:
         """Drop the routing; refuse an FFN whose slots were never added up."""
+        if not torch.compiler.is_compiling():
+            me = threading.get_ident()
+            if self._thread.get("id", me) != me:
+                return  # the call that was refused: the other one is still running
+            self._thread.clear()
         open_slots, self._open_slots = self._open_slots, 0
         self._routings.clear()
         if open_slots and output is not None:
             raise UnsupportedError(
                 f"placement 'ffn': {self.plan.path} does not end in one of its target linears; "
                 "use placement='linear' with router_scope='block' for this model"
+            )
+
+    def _claim(self) -> None:
+        """Refuse a second thread: the running routing belongs to the model, not to the call."""
+        if torch.compiler.is_compiling():
+            return
+        me = threading.get_ident()
+        # setdefault is atomic, and a lock could be neither copied nor pickled.
+        if self._thread.setdefault("id", me) != me:
+            raise UnsupportedError(
+                f"{self.plan.path} is running in another thread; a model with one routing per "
+                "block runs in one thread at a time: use a lock, a copy.deepcopy of the model per "
+                "thread, or placement='linear' with router_scope='layer'"
             )
 
     def routing(self, adapter: str) -> BlockRouting:

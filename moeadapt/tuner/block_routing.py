@@ -47,6 +47,7 @@ class BlockRouting:
             readers: the targeted linears that are expected to read `source`.
         """
         self.weights, self.input = weights, source
+        self._version = _version(source)
         self._adapter, self._head, self._readers = adapter, head, readers
         self._slots: Slots | None = None
         self._scaled: dict[tuple[float, int, torch.dtype], Tensor] = {}
@@ -71,7 +72,7 @@ class BlockRouting:
 
     def tokens(self, source: Tensor, flatten: Callable[[Tensor], Tensor]) -> Tensor:
         """Return `flatten(source)`, done once if `source` is the block's input."""
-        if source is not self.input:
+        if not self._is_input(source):
             return flatten(source)
         if self._tokens is None:
             self._tokens = flatten(source)
@@ -97,7 +98,7 @@ class BlockRouting:
         if choose(bank, x, self.max_active) != "concat":
             return dispatch(x, self.weights, bank, onto, max_active=self.max_active)
         hidden = self.down(bank, source, x)
-        gated = self._gate_all().get(id(bank)) if source is self.input else None
+        gated = self._gate_all().get(id(bank)) if self._is_input(source) else None
         if gated is None:
             gated = bank.gate(hidden, self.scaled(bank, hidden.dtype))
         return bank.up(gated, onto, inplace)
@@ -111,16 +112,23 @@ class BlockRouting:
 
     def down(self, bank: ExpertBank, source: Tensor, x: Float[Tensor, "T D"]) -> Tensor:
         """Return `bank.down(x)`; if `source` is the block's input, one product for all readers."""
-        if source is not self.input:
+        if not self._is_input(source):
             return bank.down(x)
         if self._hidden is None:
-            self._hidden = self._project(x)
+            shared = [layer.shares_input(self._adapter) for layer in self._readers]
+            banks = [other for other in shared if other is not None]
+            # One that drops some of its input must not lend it to the others.
+            if all(other is not bank for other in banks):
+                return bank.down(x)
+            self._hidden = self._project(x, banks)
         hidden = self._hidden.get(id(bank))
         return bank.down(x) if hidden is None else hidden
 
-    def _project(self, x: Float[Tensor, "T D"]) -> dict[int, Tensor]:
-        shared = [layer.shares_input(self._adapter) for layer in self._readers]
-        banks = [bank for bank in shared if bank is not None]
+    def _is_input(self, source: Tensor) -> bool:
+        """Whether `source` is the block's input, and still holds what was routed."""
+        return source is self.input and _version(source) == self._version
+
+    def _project(self, x: Float[Tensor, "T D"], banks: list[ExpertBank]) -> dict[int, Tensor]:
         keeps = any(bank.generation.keeps for bank in banks)
         # Packing the matrices costs as much as using them for a few tokens.
         if len(banks) < 2 or (x.shape[0] <= _FEW_TOKENS and not keeps):  # noqa: PLR2004
@@ -146,6 +154,13 @@ class BlockRouting:
                 gated = banks[0].gate(hidden.unflatten(-1, (len(banks), -1)), wide).unbind(1)
                 self._gated = {id(bank): part for bank, part in zip(banks, gated, strict=True)}
         return self._gated
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Return what changes with every write in place; None: it cannot be told."""
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return None
+    return tensor._version
 
 
 def _alike(bank: ExpertBank, other: ExpertBank) -> bool:

@@ -109,7 +109,8 @@ class RoutingContext:
         if self.frame is not None and self.frame.module_id != id(module):
             return  # the backbone inside a call of the model: the outer mask is the 2-D one
         self.frame = Frame.of(module, args, kwargs, ask_cache=self.decides_per_sequence)
-        self.generation.enter(None if torch.is_grad_enabled() else self.frame.cache)
+        cache = None if torch.is_grad_enabled() else self.frame.cache
+        self.generation.enter(cache, _tokens_of_a_row(args, kwargs))
         if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():
             waiting = [] if self._backward_seen else self.pending
             self._forgotten = len(waiting) >= _MOST_PENDING
@@ -231,3 +232,11 @@ _HOOK_FLAGS = (
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
 )
+
+
+def _tokens_of_a_row(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Return the length of what a model was called with; 0: it is not told by its tensors."""
+    for value in (kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args[:1]):
+        if isinstance(value, Tensor) and value.dim() > 1:
+            return value.shape[1]
+    return 0

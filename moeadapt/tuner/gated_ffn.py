@@ -45,8 +45,7 @@ class GatedFfn:
     @staticmethod
     def install(module: nn.Module, block: "Block") -> "GatedFfn | None":
         """Replace the forward of `module` if it is that of a gated FFN; else return None."""
-        code = getattr(type(module).forward, "__code__", None)
-        if "forward" in vars(module) or code is None or not _is_gated(code):
+        if "forward" in vars(module) or not _is_gated(_code(type(module))):
             return None
         gated = GatedFfn(module, block)
         module.forward = gated.forward
@@ -111,6 +110,8 @@ class GatedFfn:
 
     def _adapter(self, x: Tensor) -> str | None:
         """Return the adapter to run; None: the FFN's own forward has to."""
+        if not (_is_gated(_code(type(self.module))) and _is_a_function(self.module.act_fn)):
+            return None  # somebody has replaced a part, or looks into it
         layers = self._layers()
         if any(not hasattr(layer, "runs_whole") for layer in layers):
             return None
@@ -129,9 +130,27 @@ def _plain(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]
     return F.silu if type(activation) is type(ACT2FN["silu"]) else activation
 
 
-def _is_gated(code: CodeType) -> bool:
+def _code(cls: type[nn.Module]) -> CodeType | None:
+    return getattr(cls.forward, "__code__", None)
+
+
+def _is_a_function(activation: Any) -> bool:
+    """Whether only its values count: no parameters, nobody who waits for it to be called."""
+    if not isinstance(activation, nn.Module):
+        return True
+    hooks = (
+        activation._forward_hooks,
+        activation._forward_pre_hooks,
+        activation._backward_hooks,
+        activation._backward_pre_hooks,
+    )
+    replaced = "forward" in vars(activation)
+    return not (any(hooks) or replaced or next(activation.parameters(), None) is not None)
+
+
+def _is_gated(code: CodeType | None) -> bool:
     """Whether a forward is, instruction by instruction, that of a gated FFN."""
-    return any(
+    return code is not None and any(
         (code.co_code, code.co_names, code.co_argcount)
         == (known.co_code, known.co_names, known.co_argcount)
         for known in (_named.__code__, _direct.__code__)

@@ -264,6 +264,8 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
             not torch.compiler.is_compiling()
             and type(self.base_layer) is nn.Linear
             and not self.base_layer._forward_hooks
+            and "forward" not in vars(self.base_layer)
+            and not nn.modules.module._global_forward_hooks
             and not out._is_view()
         )
 

@@ -38,6 +38,7 @@ def override_routing(
     What a token's weights sum to stays as the router made it (but for `edit`): an override says
     only which experts share it. Null experts keep what they have. For analyses without
     `torch.compile` and without gradient checkpointing, which would route again outside the block.
+    A block inside another one replaces it.
 
     Args:
         model: the model, in any wrapper.
@@ -67,7 +68,7 @@ def override_routing(
         ban=_experts("ban", ban),
         k=k,
         router=router,
-        swap=swap,
+        swap=_experts("swap", swap),
         edit=edit,
         layers=None if layers is None else frozenset(layers),
         seed=seed,
@@ -88,7 +89,7 @@ class Override:
     ban: tuple[int, ...] | None
     k: int | None
     router: str | None
-    swap: tuple[int, int] | None
+    swap: tuple[int, ...] | None
     edit: Edit | None
     layers: frozenset[str] | None
     seed: int
@@ -113,6 +114,13 @@ class Override:
                 f"override_routing takes one of force, router, swap, edit, or ban and k together; "
                 f"got {' and '.join(asked) or 'none'}"
             )
+        if self.swap is not None and len(self.swap) != 2:  # noqa: PLR2004
+            raise ConfigError(f"swap={self.swap} must be two experts")
+        if self.edit is not None and not callable(self.edit):
+            raise ConfigError(f"edit={self.edit!r} must be a function of a layer and its routing")
+        for name, number in (("k", self.k), ("seed", self.seed)):
+            if number is not None and type(number) is not int:
+                raise ConfigError(f"{name}={number!r} must be a whole number")
         if self.router is not None and self.router not in get_args(RouterOverride):
             names = ", ".join(get_args(RouterOverride))
             raise ConfigError(f"router={self.router!r} is no override; one of {names}")
@@ -195,7 +203,10 @@ class Override:
             keep = order < (own != 0).sum(-1, keepdim=True)
         else:
             keep = select_top_k(rank, self.k)
-        return _share(own, torch.where(keep & ~banned, probs, torch.zeros_like(probs)))
+        keep = keep & ~banned
+        parts = torch.where(keep, probs, torch.zeros_like(probs))
+        # Where none of them has any probability, they share equally.
+        return _share(own, torch.where(parts.sum(-1, keepdim=True) == 0, keep.to(probs), parts))
 
 
 def _share(own: Float[Tensor, "T E"], parts: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
@@ -208,8 +219,10 @@ def _share(own: Float[Tensor, "T E"], parts: Float[Tensor, "T E"]) -> Float[Tens
 def _experts(name: str, given: int | Sequence[int] | None) -> tuple[int, ...] | None:
     if given is None:
         return None
-    if isinstance(given, int):
-        return (given,)
-    if not given or not all(isinstance(expert, int) for expert in given):
+    experts: list[object] = [given]
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        experts = list(given)
+    # Not isinstance: True and False are no experts.
+    if not experts or not all(type(expert) is int for expert in experts):
         raise ConfigError(f"{name}={given!r} must be an expert or a non-empty list of experts")
-    return tuple(given)
+    return tuple(expert for expert in experts if isinstance(expert, int))

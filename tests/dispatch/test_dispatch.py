@@ -38,9 +38,9 @@ def test_shared_experts_get_weight_one_and_come_last():
 def test_mixing_in_place_writes_where_it_is_told(expert):
     bank, x, onto = make_bank(expert), hidden(), hidden(T, OUT)
     weights = torch.rand(T, E, dtype=torch.float64)
+    before = onto.clone()
     separate = dispatch(x, weights, bank, onto)
     assert separate.data_ptr() != onto.data_ptr()
-    before = onto.clone()
     assert torch.equal(before, onto)
     same = dispatch(x, weights, bank, onto, inplace=True)
     assert same.data_ptr() == onto.data_ptr()

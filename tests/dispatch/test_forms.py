@@ -114,8 +114,11 @@ def test_few_tokens_and_none_are_batches_too(form, tokens):
     bank.impl = form
     weights = make_router("top_k")(hidden(tokens), ALL_REAL).weights
     onto = hidden(tokens, OUT)
-    y = dispatch(hidden(tokens), weights, bank, onto, max_active=2)
+    x = hidden(tokens)
+    y = dispatch(x, weights, bank, onto, max_active=2)
     assert y.shape == (tokens, OUT)
+    if tokens:
+        assert_close(y, dispatch_reference(x, weights, bank, onto))
 
 
 @pytest.mark.parametrize("form", SPARSE)

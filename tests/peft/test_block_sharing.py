@@ -26,8 +26,8 @@ def count_shared(monkeypatch) -> list[int]:
     """List how many linears each common projection served."""
     served, own = [], BlockRouting._project
 
-    def project(self, x):
-        parts = own(self, x)
+    def project(self, x, banks):
+        parts = own(self, x, banks)
         served.append(len(parts))
         return parts
 

@@ -8,6 +8,7 @@ import torch
 from peft import get_peft_model
 from torch import nn
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 import moeadapt
 from moeadapt.tuner.gated_ffn import GatedFfn
@@ -104,7 +105,7 @@ def test_an_ffn_of_another_computation_is_not_taken_for_a_gated_one():
 
 @pytest.mark.parametrize(
     "change",
-    ["disabled", "dropout", "hook", "sharded", "orthogonal-less", "no grad, few tokens"],
+    ["disabled", "dropout", "hook", "sharded", "orthogonal-less", "decoding few tokens"],
 )
 def test_it_steps_aside_where_it_would_not_be_the_same(change, monkeypatch):
     fields = {"lora_dropout": 0.5} if change == "dropout" else {}
@@ -118,14 +119,14 @@ def test_it_steps_aside_where_it_would_not_be_the_same(change, monkeypatch):
             if isinstance(module, moeadapt.experts.base.Factor):
                 module.register_forward_pre_hook(lambda *_: None)
     gate = mlp_of(model).gate_proj
-    assert gate.runs_whole("default") == (change in ("disabled", "no grad, few tokens"))
+    assert gate.runs_whole("default") == (change in ("disabled", "decoding few tokens"))
     ran = watch(model, monkeypatch)
     if change == "disabled":
         with model.disable_adapter():
             model(**batch())
-    elif change == "no grad, few tokens":
+    elif change == "decoding few tokens":
         with torch.no_grad():
-            model(**batch())
+            model(**batch(), use_cache=True, past_key_values=DynamicCache())
     else:
         model(**batch())
     assert ran == []

@@ -149,6 +149,14 @@ def test_weights_that_do_not_sum_to_one_keep_their_sum():
     assert_close(found[first].weights[:, 1], found[first].weights[:, 2])
 
 
+def test_experts_without_any_probability_share_what_a_banned_one_had():
+    model = model_of("layer", router={"name": "hash", "k": 1})
+    _, found = routed(model, ban=0)
+    for routing in found.values():
+        assert_close(routing.weights.sum(-1), torch.ones(len(routing.weights)).double())
+        assert not routing.weights[:, 0].any()
+
+
 def test_null_experts_keep_what_they_have():
     model = model_of("layer", router={"name": "top_k", "k": 3, "null_experts": 3})
     _, plain = routed(model, edit=lambda _, routing: routing.expert_weights)
