@@ -43,7 +43,9 @@ def check_out(out: Path) -> None:
             if path.is_symlink():
                 raise ConfigError(f"{path} is a link; name another report")
         if out.is_dir() or numbers.is_dir():
-            raise ConfigError(f"{out if out.is_dir() else numbers} is a folder; name another report")
+            raise ConfigError(
+                f"{out if out.is_dir() else numbers} is a folder; name another report"
+            )
         if folder.exists() and not folder.is_dir():
             raise ConfigError(f"{folder} is a file; remove it, or name another report")
         above = next(parent for parent in out.absolute().parents if parent.exists())

@@ -35,17 +35,21 @@ def page(data: ReportData, panels: Sequence[Panel]) -> str:
             for name, count in zip(data.domains, data.texts_per_domain, strict=True)
         ),
     }
-    html = environment().get_template("page.html.j2").render(
-        title=data.title,
-        generator=f"{GENERATOR} {__version__}",
-        policy=_policy(style, script),
-        style=style,
-        script=script,
-        facts={name: value for name, value in facts.items() if value},
-        panels=panels,
-        versions=data.versions,
-        seconds=number(data.seconds, 0),
-        num_colors=len(COLORS),
+    html = (
+        environment()
+        .get_template("page.html.j2")
+        .render(
+            title=data.title,
+            generator=f"{GENERATOR} {__version__}",
+            policy=_policy(style, script),
+            style=style,
+            script=script,
+            facts={name: value for name, value in facts.items() if value},
+            panels=panels,
+            versions=data.versions,
+            seconds=number(data.seconds, 0),
+            num_colors=len(COLORS),
+        )
     )
     return showable(html)
 

@@ -1,4 +1,4 @@
-"""Colours and names of experts and layers in the pictures: safe for the colour-blind, dark or light.
+"""Colours and names of experts and layers, safe for the colour-blind, on white and on black.
 
 Letters: E experts, L layers.
 """
@@ -7,15 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moeadapt.report.data import ReportData
+from moeadapt.report.wording import Number
 
 MOST_EXPERTS = 8
 """Experts with a colour of their own."""
 
-COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442", "currentColor")
+COLORS = (
+    "#e69f00",
+    "#56b4e9",
+    "#009e73",
+    "#cc79a7",
+    "#0072b2",
+    "#d55e00",
+    "#f0e442",
+    "currentColor",
+)
 """Okabe and Ito, Color Universal Design, 2008; its black is the ink of the page."""
 
 OTHER = "#8a8f98"
 """Every expert without a colour of its own, and whatever is neither high nor low."""
+
+ACCENT = "#2b87c8"
+"""What a picture is about; readable on white and on black."""
 
 LOW, HIGH = (0, 114, 178), (213, 94, 0)
 STRONGEST, WEAKEST = 0.8, 0.04
@@ -28,7 +41,7 @@ def diverging() -> list[str]:
     return [f"rgba({r}, {g}, {b}, {opacity})" for (r, g, b), opacity in ends]
 
 
-def diverging_domain(limit: float) -> list[float]:
+def diverging_domain(limit: Number) -> list[Number]:
     """Return the values of `diverging`, from -limit to limit."""
     return [-limit, -limit * 1e-6, limit * 1e-6, limit]
 
@@ -71,20 +84,20 @@ class ShownExperts:
         if not self.has_other:
             return ""
         return (
-            f"Shown are the {len(self.indices)} most loaded of {self.num_experts} experts; the JSON "
-            "file holds all."
+            f"Shown are the {len(self.indices)} most loaded of {self.num_experts} experts; the "
+            "JSON file holds all."
         )
 
     def position(self, expert: int) -> int:
         """Return where an expert is in `labels`."""
         return self.indices.index(expert) if expert in self.indices else len(self.indices)
 
-    def fold(self, values: Sequence[float]) -> list[float]:
+    def fold(self, values: Sequence[Number]) -> list[Number]:
         """Add up a row [E] into the groups of `labels`."""
         own = [values[index] for index in self.indices]
         return own + [sum(values) - sum(own)] * self.has_other
 
-    def fold_both(self, matrix: Sequence[Sequence[float]]) -> list[list[float]]:
+    def fold_both(self, matrix: Sequence[Sequence[Number]]) -> list[list[Number]]:
         """Add up a matrix [E][E] in both directions."""
         columns = [self.fold(column) for column in zip(*map(self.fold, matrix), strict=True)]
         return [list(row) for row in zip(*columns, strict=True)]
@@ -112,6 +125,8 @@ def spread(count: int, most: int) -> list[int]:
 def short_names(names: Sequence[str]) -> list[str]:
     """Drop the parts of paths that all names share at the start and at the end.
 
+    A name without others to compare keeps its last three parts.
+
     Example:
         >>> short_names(["model.layers.0.mlp", "model.layers.1.mlp"])
         ['0', '1']
@@ -120,7 +135,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     if len(set(names)) < len(names):
         return [f"{index} {name}" for index, name in enumerate(names)]
     if len(parts) == 1:
-        return list(names)
+        return [".".join(parts[0][-3:])]
     start = end = 0
     shortest = min(map(len, parts))
     while start < shortest - 1 and len({path[start] for path in parts}) == 1:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,12 @@ INK = "#1b1f24"
 FONT = "Helvetica, Arial, Liberation Sans, sans-serif"
 PNG_SCALE = 2
 
+Tables = Mapping[str, Sequence[Mapping[str, Any]]]
+
 TAG = re.compile(r"<[a-zA-Z][^>]*>")
 LONG_NUMBER = re.compile(r"(\d\.\d\d)\d+")
-NAMED = re.compile(r'(\bid="|url\(#|href="#)')
+ID = re.compile(r'\bid="([^"]+)"')
+REFERENCE = re.compile(r'(\bid="|url\(#|href="#)([^")]+)')
 NAMESPACE = re.compile(r'\sxmlns(?::\w+)?="[^"]*"')
 ROLE = re.compile(r'\s(?:role|aria-\w+|class)="[^"]*"')
 
@@ -43,7 +46,10 @@ class Picture:
     @property
     def inline(self) -> str:
         """The element for an HTML page: names of its own, and no namespace, which HTML knows."""
-        return NAMED.sub(rf"\g<1>{self.name}-", NAMESPACE.sub("", self.svg, count=2))
+        # The renderer counts on from chart to chart; counted anew, the same data is the same page.
+        names = {old: f"{self.name}-{index}" for index, old in enumerate(ID.findall(self.svg))}
+        svg = NAMESPACE.sub("", self.svg, count=2)
+        return TAG.sub(lambda tag: REFERENCE.sub(lambda use: use[1] + names[use[2]], tag[0]), svg)
 
     @property
     def standalone(self) -> str:
@@ -57,24 +63,28 @@ class Picture:
         return vl_convert.svg_to_png(self.standalone, scale=PNG_SCALE)
 
 
-def chart_picture(chart: Any, name: str, alt_text: str, title: str = "") -> Picture:
+def chart_picture(chart: Any, name: str, alt_text: str, tables: Tables, title: str = "") -> Picture:
     """Draw an Altair chart.
 
     Args:
         chart: a chart without configuration.
         name: see `Picture.name`.
         alt_text: see `Picture.alt`.
+        tables: what its `table` names stand for.
         title: see `Picture.title`.
     """
-    spec = json.dumps(without_nan(_configured(chart).to_dict()), ensure_ascii=False)
-    svg = vl_convert.vegalite_to_svg(showable(spec))
+    spec = _configured(chart).to_dict(validate=False)
+    # Rows are added here since Altair copies what it is given, cell by cell, many times.
+    spec["datasets"] = {key: without_nan(rows) for key, rows in tables.items()}
+    text = json.dumps(spec, ensure_ascii=False)
+    svg = vl_convert.vegalite_to_svg(showable(text))
     svg = TAG.sub(lambda tag: ROLE.sub("", LONG_NUMBER.sub(r"\1", tag[0])), showable(svg))
     return Picture(name=name, title=title, alt=alt_text, svg=svg)
 
 
-def rows(values: Sequence[dict[str, Any]]) -> Any:
-    """Return data for a chart."""
-    return alt.InlineData(values=list(values))
+def table(name: str = "rows") -> Any:
+    """Return a name for the rows of a chart."""
+    return alt.NamedData(name=name)
 
 
 def _configured(chart: Any) -> Any:
@@ -100,7 +110,7 @@ def _configured(chart: Any) -> Any:
         .configure_title(
             color="currentColor", fontSize=12, fontWeight="normal", anchor="start", offset=8
         )
-        .configure_header(**ink, labelFontSize=12, titleFontSize=11, labelPadding=4)
+        .configure_header(**ink, labelFontSize=12, titleFontSize=11, labelPadding=4, labelLimit=180)
         .configure_legend(
             **ink,
             labelFontSize=11,

@@ -1,4 +1,4 @@
-"""A report as files: one page that works offline, the numbers as JSON, the pictures as SVG and PNG."""
+"""A report as files: a page that works offline, its numbers as JSON, its pictures beside it."""
 
 import json
 from pathlib import Path

@@ -10,18 +10,20 @@ UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\ufff
 
 NOTHING = "\N{EN DASH}"
 
+Number = float | int
+
 
 def showable(text: str) -> str:
     """Replace what a page cannot hold by the replacement character."""
     return UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
-def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
+def number(value: Number | None, digits: int = 2, sign: bool = False) -> str:
     """Write a number with `digits` decimals and a true minus; a dash if it is none.
 
     Example:
-        >>> number(0.1234), number(float("nan"))
-        ('0.12', '–')
+        >>> number(0.1234), number(float("nan")) == NOTHING
+        ('0.12', True)
     """
     if value is None or not math.isfinite(value):
         return NOTHING
@@ -31,17 +33,21 @@ def number(value: float | None, digits: int = 2, sign: bool = False) -> str:
     return text.replace("-", "\N{MINUS SIGN}")
 
 
-def short_number(value: float) -> str:
-    """Write a number with three significant digits."""
-    if not math.isfinite(value):
-        return NOTHING
-    if value == int(value) and abs(value) < 1e6:  # noqa: PLR2004 (above it, digits say little)
+def short_number(value: Number) -> str:
+    """Write a number with three significant digits, without zeros at its end.
+
+    Example:
+        >>> short_number(6.4), short_number(0.0091234), short_number(12345.6)
+        ('6.4', '0.00912', '12,346')
+    """
+    if not math.isfinite(value) or value == 0:
         return number(value, 0)
-    digits = 2 - math.floor(math.log10(abs(value)))
-    return number(value, min(max(digits, 0), 6))
+    digits = min(max(2 - math.floor(math.log10(abs(value))), 0), 6)
+    text = number(value, digits)
+    return text.rstrip("0").rstrip(".") if digits else text
 
 
-def interval(low: float, high: float, digits: int = 3, sign: bool = False) -> str:
+def interval(low: Number, high: Number, digits: int = 3, sign: bool = False) -> str:
     """Write an interval."""
     return f"{number(low, digits, sign)} to {number(high, digits, sign)}"
 
@@ -57,6 +63,6 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def finite(values: Sequence[float | None]) -> list[float]:
+def finite(values: Sequence[Number | None]) -> list[Number]:
     """Return the numbers among `values`."""
     return [value for value in values if value is not None and math.isfinite(value)]

@@ -1,4 +1,4 @@
-"""A panel of the report: a heading, a sentence on how to read it, pictures and what else it shows."""
+"""A panel of the report: a heading, a sentence on how to read it, pictures, and more."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

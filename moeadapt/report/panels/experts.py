@@ -1,6 +1,7 @@
 """Panel 7: which experts change the model alike, and which are used together."""
 
 import math
+from typing import Any
 
 import altair as alt
 
@@ -14,20 +15,22 @@ from moeadapt.report.palette import (
     spread,
 )
 from moeadapt.report.panels.base import Panel
-from moeadapt.report.picture import Picture, chart_picture, rows
-from moeadapt.report.wording import number
+from moeadapt.report.picture import Picture, chart_picture, table
+from moeadapt.report.wording import finite, number
 
 MOST_LAYERS = 6
 CELL = 15
 
-Cells = list[dict[str, object]]
+Cells = list[dict[str, Any]]
 
 
 def experts_panel(data: ReportData) -> Panel:
     """Make the panel."""
     notes = [shown_experts(data).note] if shown_experts(data).has_other else []
     if len(data.layers) > MOST_LAYERS:
-        notes.append(f"Shown are {MOST_LAYERS} of {len(data.layers)} layers, spread over the depth.")
+        notes.append(
+            f"Shown are {MOST_LAYERS} of {len(data.layers)} layers, spread over the depth."
+        )
     pictures = []
     if data.num_experts < 2:  # noqa: PLR2004 (a pair takes two)
         notes.append("There is one expert, so there are no pairs.")
@@ -37,13 +40,13 @@ def experts_panel(data: ReportData) -> Panel:
         else:
             notes.append("Similarity: experts of this kind hold no weight change to compare.")
         pictures.append(_coactivation(data))
-        if _largest(data, "coactivation")[0] == 0:
+        if _largest(_cells(data, "coactivation"))[0] == 0:
             notes.append("No token uses two of the experts shown at once.")
     return Panel(
         key="experts",
         title="Pairs of experts",
-        lead="Similarity: cosine between the weight changes of two experts; 1 is the same direction, "
-        "0 is unrelated. Used together: share of the tokens that use both.",
+        lead="Similarity: cosine between the weight changes of two experts; 1 is the same "
+        "direction, 0 is unrelated. Used together: share of the tokens that use both.",
         pictures=pictures,
         notes=notes,
     )
@@ -54,6 +57,7 @@ def _matrix(layer: Layer, which: str) -> list[list[float]] | None:
 
 
 def _cells(data: ReportData, which: str) -> Cells:
+    """Return the pairs shown, without a value on the diagonal."""
     labels = short_names([layer.name for layer in data.layers])
     experts = shown_experts(data).indices
     return [
@@ -70,22 +74,21 @@ def _cells(data: ReportData, which: str) -> Cells:
     ]
 
 
-def _largest(data: ReportData, which: str) -> tuple[float, str]:
-    """Return the largest value off the diagonal among those shown, and where it is."""
+def _largest(cells: Cells) -> tuple[float, str]:
+    """Return the largest value, and where it is."""
     best = (-math.inf, "")
-    for cell in _cells(data, which):
-        value = cell["value"]
-        if isinstance(value, int | float) and math.isfinite(value) and value > best[0]:
-            best = (float(value), f"experts {cell['row']} and {cell['column']} in {cell['layer']}")
+    for cell in cells:
+        if finite([cell["value"]]) and cell["value"] > best[0]:
+            where = f"experts {cell['row']} and {cell['column']} in {cell['layer']}"
+            best = (float(cell["value"]), where)
     return best
 
 
-def _grid(data: ReportData, which: str, color: alt.Color) -> alt.FacetChart:
-    cells = _cells(data, which)
+def _grid(data: ReportData, cells: Cells, color: alt.Color) -> Any:
     experts = [str(expert) for expert in shown_experts(data).indices]
     axis = alt.Axis(labelAngle=0, grid=False, labelFontSize=10, labelPadding=3)
     return (
-        alt.Chart(rows(cells))
+        alt.Chart(table())
         .mark_rect(stroke="currentColor", strokeOpacity=0.1)
         .encode(
             x=alt.X("column:N", sort=experts, title=None, axis=axis),
@@ -95,41 +98,52 @@ def _grid(data: ReportData, which: str, color: alt.Color) -> alt.FacetChart:
         .properties(width=alt.Step(CELL), height=alt.Step(CELL))
         .facet(
             facet=alt.Facet(
-                "layer:N", sort=list(dict.fromkeys(str(cell["layer"]) for cell in cells)),
-                title=None, header=alt.Header(labelAnchor="start", labelFontSize=11),
+                "layer:N",
+                sort=list(dict.fromkeys(str(cell["layer"]) for cell in cells)),
+                title=None,
+                header=alt.Header(labelAnchor="start", labelFontSize=11),
             ),
-            columns=MOST_LAYERS, spacing=14,
+            columns=MOST_LAYERS,
+            spacing=14,
         )
     )
 
 
 def _similarity(data: ReportData) -> Picture:
-    values = [abs(cell["value"]) for cell in _cells(data, "similarity")
-              if isinstance(cell["value"], int | float) and math.isfinite(cell["value"])]
-    limit = max([0.1, *values])
+    cells = _cells(data, "similarity")
+    limit = max([0.1, *map(abs, finite([cell["value"] for cell in cells]))])
     color = alt.Color(
         "value:Q",
-        scale=alt.Scale(domain=diverging_domain(limit), range=diverging(), clamp=True),
+        scale=alt.Scale(
+            domain=diverging_domain(limit), range=diverging(), clamp=True, interpolate="rgb"
+        ),
         legend=_legend("cosine", "+.2f"),
     )
-    most, where = _largest(data, "similarity")
-    sentence = f"Cosine between the weight changes of experts. The largest is {number(most)}: {where}."
+    most, where = _largest(cells)
+    sentence = (
+        f"Cosine between the weight changes of experts. The largest is {number(most)}: {where}."
+    )
     return chart_picture(
-        _grid(data, "similarity", color), "similarity", sentence, title="Similarity of weight changes"
+        _grid(data, cells, color),
+        "similarity",
+        sentence,
+        {"rows": cells},
+        title="Similarity of weight changes",
     )
 
 
 def _coactivation(data: ReportData) -> Picture:
-    most, where = _largest(data, "coactivation")
+    cells = _cells(data, "coactivation")
+    most, where = _largest(cells)
     limit = most if math.isfinite(most) and most > 0 else 1.0
     color = alt.Color(
         "value:Q",
-        scale=alt.Scale(domain=[0, limit], range=sequential(), clamp=True),
+        scale=alt.Scale(domain=[0, limit], range=sequential(), clamp=True, interpolate="rgb"),
         legend=_legend("share of tokens", ".0%" if limit >= 0.05 else ".1%"),  # noqa: PLR2004
     )
     sentence = f"Tokens that use two experts at once. The most: {number(100 * most, 1)} %, {where}."
     return chart_picture(
-        _grid(data, "coactivation", color), "coactivation", sentence, title="Used together"
+        _grid(data, cells, color), "coactivation", sentence, {"rows": cells}, title="Used together"
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from moeadapt.report.data import Layer, ReportData
 from moeadapt.report.panels.base import Panel
-from moeadapt.report.wording import number
+from moeadapt.report.wording import Number, number
 
 FEW_ROWS = 64
 """Rows that the table of experts may have."""
@@ -21,7 +21,7 @@ COLUMNS = {
     "mutual_information_p": ("p", 3),
 }
 
-Cell = tuple[str, float | int]
+Cell = tuple[str, Number]
 
 
 def layers_panel(data: ReportData) -> Panel:
@@ -37,7 +37,13 @@ def layers_panel(data: ReportData) -> Panel:
         tables.append(
             {
                 "name": "Experts of each layer",
-                "heads": ["layer", "expert", "load", "load \N{MULTIPLICATION SIGN} E", "importance"],
+                "heads": [
+                    "layer",
+                    "expert",
+                    "load",
+                    "load \N{MULTIPLICATION SIGN} E",
+                    "importance",
+                ],
                 "rows": [
                     _expert(index, layer, expert)
                     for index, layer in enumerate(data.layers)
@@ -75,6 +81,6 @@ def _expert(index: int, layer: Layer, expert: int) -> Sequence[Cell]:
     ]
 
 
-def _sortable(value: float) -> float:
+def _sortable(value: Number) -> Number:
     """Return a number that compares: what is none comes first."""
     return value if math.isfinite(value) else -1e308

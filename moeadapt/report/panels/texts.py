@@ -40,8 +40,8 @@ def texts_panel(data: ReportData) -> Panel:
     return Panel(
         key=key,
         title=title,
-        lead="The colour of a token is its main expert, the strength of the colour its weight. Point "
-        "at a token, or move to it with the arrow keys, to see its experts.",
+        lead="The colour of a token is its main expert, the strength of the colour its weight. "
+        "Point at a token, or move to it with the arrow keys, to see its experts.",
         template="texts.html.j2",
         values={
             "legend": list(zip(experts.labels, _classes(experts), strict=True)),
@@ -78,7 +78,7 @@ def _classes(experts: ShownExperts) -> list[str]:
 
 
 def _slots(text: ColoredText, layer: int, token: int) -> Slots:
-    """Return the experts of a token and their weights in percent, those it does not use left out."""
+    """Return the experts that a token uses and their weights in percent."""
     both = zip(text.experts[layer][token], text.weights[layer][token], strict=True)
     return [(expert, round(100 * weight)) for expert, weight in both if weight != 0][:MOST_SLOTS]
 
@@ -101,7 +101,8 @@ def _shown(text: ColoredText, layer: int, length: int, experts: ShownExperts) ->
         slots = _slots(text, layer, index)
         color = "none"
         if slots:
-            step = round(min(max(slots[0][1], 0), 100) / 100 * STEPS)
+            # the script rounds the same way
+            step = (min(max(slots[0][1], 0), 100) * STEPS + 50) // 100
             color = f"{_class(experts, slots[0][0])} w{step}"
         # a token without a mark of its own still has to be seen
         extra = " empty" if not token else " line" if "\n" in token else ""

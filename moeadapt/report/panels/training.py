@@ -1,10 +1,13 @@
 """Panel 5: entropy, load and aux loss over the training, as they were logged."""
 
+from typing import Any
+
 import altair as alt
 
 from moeadapt.report.data import ReportData, TrainingPoint
+from moeadapt.report.palette import ACCENT
 from moeadapt.report.panels.base import Panel
-from moeadapt.report.picture import Picture, chart_picture, rows
+from moeadapt.report.picture import Picture, chart_picture, table
 from moeadapt.report.wording import finite, number
 
 SERIES = {
@@ -37,23 +40,29 @@ def training_panel(data: ReportData) -> Panel:
 
 def _picture(points: list[TrainingPoint], found: list[str]) -> Picture:
     charts = []
+    tables: dict[str, list[dict[str, Any]]] = {"one": [{}]}
     for key in found:
-        logged = [
+        tables[key] = [
             {"step": point.step, "value": point.values[key]}
             for point in points
             if key in point.values
         ]
-        base = alt.Chart(rows(logged)).encode(
+        base = alt.Chart(table(key)).encode(
             x=alt.X("step:Q", title="step", axis=alt.Axis(tickCount=4, grid=False)),
             y=alt.Y("value:Q", title=None, axis=alt.Axis(tickCount=4), scale=alt.Scale(zero=False)),
         )
-        line = base.mark_line(color="#0072b2", strokeWidth=2, interpolate="linear")
-        last = alt.Chart(rows(logged[-1:])).encode(x="step:Q", y="value:Q")
-        dot = last.mark_point(filled=True, size=50, color="#0072b2", opacity=1)
-        charts.append(
-            alt.layer(line, dot).properties(width=245, height=150, title=SERIES[key])
+        line = base.mark_line(color=ACCENT, strokeWidth=2, interpolate="linear")
+        tables[f"last {key}"] = tables[key][-1:]
+        last = alt.Chart(table(f"last {key}")).encode(x="step:Q", y="value:Q")
+        dot = last.mark_point(filled=True, size=50, color=ACCENT, opacity=1)
+        # A mark, not a title: titles move with the labels of the axis, and then do not line up.
+        head = alt.Chart(table("one")).mark_text(
+            text=SERIES[key], x=0, y=-20, align="left", fontSize=12, color="currentColor"
         )
-    return chart_picture(alt.hconcat(*charts, spacing=34), "training", _sentence(points, found))
+        charts.append(alt.layer(line, dot, head).properties(width=256, height=150))
+    return chart_picture(
+        alt.hconcat(*charts, spacing=34), "training", _sentence(points, found), tables
+    )
 
 
 def _sentence(points: list[TrainingPoint], found: list[str]) -> str:

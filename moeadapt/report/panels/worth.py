@@ -3,8 +3,9 @@
 import altair as alt
 
 from moeadapt.report.data import Arm, ReportData
+from moeadapt.report.palette import ACCENT
 from moeadapt.report.panels.base import Panel
-from moeadapt.report.picture import Picture, chart_picture, rows
+from moeadapt.report.picture import Picture, chart_picture, table
 from moeadapt.report.wording import interval, number
 
 LEARNED = "learned"
@@ -51,36 +52,37 @@ def _reading(arm: Arm) -> str:
 
 def _picture(arms: list[Arm]) -> Picture:
     names = [arm.name for arm in arms]
-    data = rows(
-        [
-            {
-                "arm": arm.name,
-                "nll": arm.nll,
-                "low": arm.nll_low,
-                "high": arm.nll_high,
-                "value": number(arm.nll, 3),
-                "learned": arm.name == LEARNED,
-            }
-            for arm in arms
-        ]
-    )
+    rows = [
+        {
+            "arm": arm.name,
+            "nll": arm.nll,
+            "low": arm.nll_low,
+            "high": arm.nll_high,
+            "value": number(arm.nll, 3),
+            "learned": arm.name == LEARNED,
+        }
+        for arm in arms
+    ]
     y = alt.Y("arm:N", sort=names, title=None, axis=alt.Axis(labelLimit=180, labelFontSize=12))
-    color = alt.condition("datum.learned", alt.value("#0072b2"), alt.value("currentColor"))
-    scale = alt.Scale(zero=False, nice=True, padding=24)
-    x = alt.X("nll:Q", title="held-out loss (nats per token)", scale=scale)
-    base = alt.Chart(data)
+    color = alt.condition("datum.learned", alt.value(ACCENT), alt.value("currentColor"))
+    scale = alt.Scale(zero=False, padding=36)
+    axis = alt.Axis(tickCount=8, labelFlush=False)
+    x = alt.X("nll:Q", title="held-out loss (nats per token)", scale=scale, axis=axis)
+    base = alt.Chart(table())
     layers = [
         base.transform_filter("datum.learned")
-        .mark_rule(strokeDash=[4, 4], opacity=0.8, color="#0072b2")
+        .mark_rule(strokeDash=[4, 4], opacity=0.8, color=ACCENT)
         .encode(x=x),
         base.mark_rule(strokeWidth=2.5, strokeCap="round", opacity=0.75).encode(
             x=alt.X("low:Q"), x2="high:Q", y=y, color=color
         ),
         base.mark_point(filled=True, size=90, opacity=1).encode(x=x, y=y, color=color),
-        base.mark_text(dy=-11, fontSize=11).encode(x=x, y=y, text="value:N", color=color),
+        base.mark_text(align="left", dx=9, fontSize=11).encode(
+            x=alt.X("high:Q"), y=y, text="value:N", color=color
+        ),
     ]
-    chart = alt.layer(*layers).properties(width=700, height=alt.Step(STEP))
-    return chart_picture(chart, "worth", _sentence(arms))
+    chart = alt.layer(*layers).properties(width=820, height=alt.Step(STEP))
+    return chart_picture(chart, "worth", _sentence(arms), {"rows": rows})
 
 
 def _sentence(arms: list[Arm]) -> str:

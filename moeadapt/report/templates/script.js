@@ -26,7 +26,7 @@ function showTexts(data) {
     for (const span of places.keys()) {
       const [expert, percent] = slots(span);
       const kept = [...span.classList].filter((c) => c === "t" || c === "empty" || c === "line");
-      const step = Math.round((Math.min(Math.max(percent, 0), 100) / 100) * data.steps);
+      const step = Math.floor((Math.min(Math.max(percent, 0), 100) * data.steps + 50) / 100);
       const color = expert === undefined ? ["none"] : [data.colors[expert], "w" + step];
       span.className = [...kept, ...color].join(" ");
     }
