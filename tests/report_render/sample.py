@@ -164,8 +164,8 @@ def sample(
     rng = random.Random(0)
     domains = DOMAINS if domains is None else domains
     names = [f"base_model.model.model.layers.{index}.mlp" for index in range(layers)]
-    title = "smollm2-135m, top-2 of 8"
-    settings = {"base": "SmolLM2-135M-Instruct", "placement": "ffn", "router": "top_k, k 2",
+    title = "Made-up sample"
+    settings = {"base": "none, the numbers are made up", "placement": "ffn", "router": "top_k, k 2",
                 "experts": f"{experts} x lora, r 8", "balance": "switch 0.01"}  # fmt: skip
     if hostile:
         domains = [f"{HOSTILE} {name}" for name in domains]

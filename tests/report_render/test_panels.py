@@ -5,12 +5,14 @@ import math
 
 import pytest
 
+from moeadapt.report.data import TrainingPoint
 from moeadapt.report.palette import ShownExperts, short_names, shown_experts, spread
 from moeadapt.report.panels import texts
 from moeadapt.report.panels.domains import domains_panel
 from moeadapt.report.panels.experts import experts_panel
 from moeadapt.report.panels.flow import THINNEST, _ribbons, _shares, flow_panel
 from moeadapt.report.panels.load import load_panel
+from moeadapt.report.panels.training import MOST_POINTS, training_panel
 from moeadapt.report.panels.worth import worth_panel
 from moeadapt.report.wording import number, short_number
 from tests.report_render.sample import sample
@@ -138,3 +140,19 @@ def test_the_payload_has_experts_and_percent_without_those_unused():
     assert panel.values["payload"]["texts"] == [[[[3, 75, 1, 25], []]]]
     colors = [token["color"] for token in panel.values["texts"][0]["tokens"]]
     assert colors == ["c3 w8", "none"]
+
+
+def test_a_long_log_is_thinned_and_one_without_a_metric_says_so():
+    points = [TrainingPoint(step=i, values={"moe/entropy": 0.5}) for i in range(2 * MOST_POINTS)]
+    panel = training_panel(dataclasses.replace(sample(), training=points))
+    assert panel.notes == [
+        "Not in the training log: load, max / mean; aux loss.",
+        f"Drawn are {MOST_POINTS} of {2 * MOST_POINTS} logged steps.",
+    ]
+    assert panel.pictures[0].alt.startswith(f"Over {MOST_POINTS} logged steps: entropy")
+
+
+def test_the_reference_arms_and_flows_keep_their_order():
+    data = sample()
+    assert [row["name"] for row in worth_panel(data).values["arms"]] == [a.name for a in data.arms]
+    assert "learned: 1.482 nats per token" in worth_panel(data).pictures[0].alt

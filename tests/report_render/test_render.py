@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from moeadapt.errors import ConfigError, ExportError
+from moeadapt.errors import ConfigError, ExportError, UnsupportedError
 from moeadapt.report import output
 from moeadapt.report.panels import PICTURE_NAMES
 from moeadapt.report.render import numbers, render
@@ -129,3 +129,10 @@ def test_a_full_disk_leaves_the_old_report(tmp_path, quick, monkeypatch):
     with pytest.raises(ExportError, match="free space"):
         render(dataclasses.replace(quick, title="second"), out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_missing_package_is_named_before_anything_is_written(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr("moeadapt.report.render.NEEDS", ("json", "no_such_package"))
+    with pytest.raises(UnsupportedError, match=r"needs no_such_package.*moeadapt\[report\]"):
+        render(quick, tmp_path / "run.html")
+    assert not list(tmp_path.iterdir())

@@ -34,6 +34,8 @@ def domains_panel(data: ReportData) -> Panel:
             notes.append(
                 f"Lift: {MOST_LAYERS} of {len(data.layers)} layers, spread over the depth."
             )
+        if len(data.layers) > MOST_BARS:
+            notes.append(f"Mutual information: {MOST_BARS} of {len(data.layers)} layers.")
     return Panel(
         key="domains",
         title="Domains and experts",

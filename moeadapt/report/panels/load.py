@@ -39,7 +39,7 @@ def load_panel(data: ReportData) -> Panel:
     if len(shown) < len(data.layers):
         notes.append(f"Shown are {len(shown)} of {len(data.layers)} layers; the table has all.")
     if data.num_experts > MOST_COLUMNS:
-        notes.append(f"{shown_experts(data).note} Column `other`: mean of the rest.")
+        notes.append(f"{shown_experts(data).note} The column other is the mean of the rest.")
     return Panel(
         key="load",
         title="Load of experts",

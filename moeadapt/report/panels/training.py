@@ -5,7 +5,7 @@ from typing import Any
 import altair as alt
 
 from moeadapt.report.data import ReportData, TrainingPoint
-from moeadapt.report.palette import ACCENT
+from moeadapt.report.palette import ACCENT, spread
 from moeadapt.report.panels.base import Panel
 from moeadapt.report.picture import Picture, chart_picture, table
 from moeadapt.report.wording import finite, number
@@ -17,10 +17,14 @@ SERIES = {
 }
 """Metrics of `moeadapt.training.metrics` and what they are called here."""
 
+MOST_POINTS = 500
+"""Logged steps that a line has; a chart is 256 wide."""
+
 
 def training_panel(data: ReportData) -> Panel:
     """Make the panel."""
-    found = [key for key in SERIES if any(key in point.values for point in data.training)]
+    points = [data.training[index] for index in spread(len(data.training), MOST_POINTS)]
+    found = [key for key in SERIES if any(key in point.values for point in points)]
     missing = [SERIES[key] for key in SERIES if key not in found]
     if not data.training:
         notes = ["No training log was found, so there is nothing to draw."]
@@ -28,12 +32,14 @@ def training_panel(data: ReportData) -> Panel:
         notes = [f"Not in the training log: {'; '.join(missing)}."]
     else:
         notes = []
+    if len(points) < len(data.training):
+        notes.append(f"Drawn are {len(points)} of {len(data.training)} logged steps.")
     return Panel(
         key="training",
         title="Over the training",
         lead="Means over the routers at each logged step. Entropy: 1 is undecided, 0 is certain. "
         "Load: 1 is balance.",
-        pictures=[_picture(data.training, found)] if found else [],
+        pictures=[_picture(points, found)] if found else [],
         notes=notes,
     )
 
