@@ -1,4 +1,4 @@
-"""Every number of a routing report: `collect` measures them, `render` shows them.
+"""Every number of a routing report: `collect` measures, `render` shows, the JSON file holds it.
 
 Letters: L layers (or blocks) with a router, E experts, D domains, T tokens.
 """

@@ -1,0 +1,68 @@
+"""Numbers and texts of the data as the page shows them."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+"""What neither HTML nor XML can hold: control characters and halves of surrogate pairs."""
+
+NOTHING = "\N{EN DASH}"
+
+Number = float | int
+
+
+def showable(text: str) -> str:
+    """Replace what a page cannot hold by the replacement character."""
+    return UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def number(value: Number | None, digits: int = 2, sign: bool = False) -> str:
+    """Write a number with `digits` decimals and a true minus; a dash if it is none.
+
+    Example:
+        >>> number(0.1234), number(float("nan")) == NOTHING
+        ('0.12', True)
+    """
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    text = f"{value:+,.{digits}f}" if sign else f"{value:,.{digits}f}"
+    if float(text.replace(",", "")) == 0:
+        text = text.lstrip("+-")
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def short_number(value: Number) -> str:
+    """Write a number with three significant digits, without zeros at its end.
+
+    Example:
+        >>> short_number(6.4), short_number(0.0091234), short_number(12345.6)
+        ('6.4', '0.00912', '12,346')
+    """
+    if not math.isfinite(value) or value == 0:
+        return number(value, 0)
+    digits = min(max(2 - math.floor(math.log10(abs(value))), 0), 6)
+    text = number(value, digits)
+    return text.rstrip("0").rstrip(".") if digits else text
+
+
+def interval(low: Number, high: Number, digits: int = 3, sign: bool = False) -> str:
+    """Write an interval."""
+    return f"{number(low, digits, sign)} to {number(high, digits, sign)}"
+
+
+def without_nan(value: Any) -> Any:
+    """Return lists and dicts with None for what JSON cannot hold: NaN and the infinities."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return value
+
+
+def finite(values: Sequence[Number | None]) -> list[Number]:
+    """Return the numbers among `values`."""
+    return [value for value in values if value is not None and math.isfinite(value)]
