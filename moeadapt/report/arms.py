@@ -1,6 +1,7 @@
 """Held-out loss under other ways of routing, and intervals of it by a bootstrap over texts.
 
-Letters: N texts, A arms, R resamples.
+Letters: N texts, A arms, R resamples, T tokens, E experts, B texts of a batch, S longest of them, V
+vocabulary.
 
 Source: percentile bootstrap, Efron and Tibshirani 1993, section 13.3; the unit is a text, since the
 tokens of one text are no independent draws.
@@ -17,7 +18,8 @@ from torch.nn import functional as F
 from moeadapt.errors import ConfigError
 from moeadapt.report.data import Arm
 from moeadapt.report.texts import TextBatch
-from moeadapt.tuner.override import override_routing
+from moeadapt.routing import Routing
+from moeadapt.tuner.override import Edit, override_routing
 from moeadapt.tuner.probe import call
 
 LEARNED, UNIFORM, RANDOM, SHUFFLED = "learned", "uniform", "random", "shuffled"
@@ -70,7 +72,7 @@ def measure_arms(
             found[name] = _losses(model, batches, len(learned))
     best: Tensor | None = None
     for expert in range(min(num_experts, MOST_SINGLE)):
-        with override_routing(model, force=expert):
+        with override_routing(model, edit=_only(expert)):
             alone = _losses(model, batches, len(learned))
         if best is None or alone.sum() < best.sum():
             best = alone
@@ -79,6 +81,21 @@ def measure_arms(
     with adapter_off(model):
         found[OFF] = _losses(model, batches, len(learned))
     return found
+
+
+def _only(expert: int) -> Edit:
+    """Return what gives a token's whole weight to `expert`.
+
+    As `force` does, which refuses an expert that another, inactive adapter of a layer has not.
+    """
+
+    def edit(layer: str, routing: Routing) -> Float[Tensor, "T E"]:
+        own = routing.expert_weights
+        weights = torch.zeros_like(own)
+        weights[:, expert] = own.sum(-1)
+        return weights
+
+    return edit
 
 
 def adapter_off(model: nn.Module) -> AbstractContextManager[None]:

@@ -52,7 +52,7 @@ class TextBatch:
         return positions, positions // width
 
 
-def check_texts(texts: Mapping[str, Sequence[str]]) -> None:
+def check_texts(texts: Any) -> None:
     """Refuse what are no texts by domain.
 
     Raises:

@@ -44,7 +44,7 @@ USED_YES, USED_NO = 0.95, 0.75
 """Share of used experts from which the answer is yes, and below which it is no."""
 
 ROUNDING = 1e-5
-"""Nats per token that equal routings may differ by; an interval that comes so near 0 contains it."""
+"""Nats per token that equal routings may differ by; an interval so near 0 contains it."""
 
 LEAST_TEXTS = 8
 """Texts below which a bootstrap over them says nothing."""

@@ -13,8 +13,8 @@ def layer(load=(0.25,) * 4, active=1.0, bits=0.0, null=0.0, p=1.0):
     more = {"p_value": [], "similarity": None, "coactivation": []}
     return Layer(
         name="layer",
-        load=list(load),
-        max_over_mean=max(load) * len(load),
+        load=[float(share) for share in load],
+        max_over_mean=float(max(load) * len(load)),
         active=active,
         mutual_information=bits,
         mutual_information_null=null,
@@ -113,7 +113,7 @@ def test_used_counts_the_experts_of_all_layers(idle, answer):
     found = used([layer(load=load)])
     assert found.answer == answer
     assert found.value == pytest.approx(1 - idle / 20)
-    assert used(busy + [layer(load=load)]).value == pytest.approx(1 - idle / 40)
+    assert used([*busy, layer(load=load)]).value == pytest.approx(1 - idle / 40)
 
 
 def test_an_expert_below_a_quarter_of_an_even_share_is_not_used():
