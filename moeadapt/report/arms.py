@@ -43,7 +43,8 @@ def text_losses(logits: Float[Tensor, "B S V"], batch: TextBatch) -> list[float]
     # Row by row: a copy of all logits in float32 would be the largest tensor of the report.
     for row, length in enumerate(batch.lengths):
         said, told = logits[row, : length - 1].to(dtype), ids[row, 1:length]
-        found.append(float(F.cross_entropy(said, told, reduction="none").double().sum()))
+        loss = F.cross_entropy(said, told, reduction="none")
+        found.append(float(loss.cpu().double().sum()))
     return found
 
 

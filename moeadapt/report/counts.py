@@ -59,14 +59,15 @@ class LayerCounts:
             1 at each real token's main expert, else 0.
         """
         weights_TE = routing.expert_weights[real]
-        probs_TW = routing.probs[real].double()
+        probs_TW = routing.probs[real]
         used_TE = (weights_TE != 0).float()
         main_TE = main_experts(weights_TE)
         self._add_rows(self.used, used_TE, rows, texts)
         self._add_rows(self.main, main_TE, rows, texts)
-        self.together += (used_TE.T @ used_TE).double().cpu()
+        # To the CPU first: not every accelerator has doubles.
+        self.together += (used_TE.T @ used_TE).cpu().double()
         self.tokens += len(real)
-        self._probs += probs_TW[:, : self.num_experts].sum(0).cpu()
+        self._probs += probs_TW[:, : self.num_experts].sum(0).cpu().double()
         self._nats += float(torch.special.entr(probs_TW).sum())
         return main_TE
 
@@ -125,7 +126,7 @@ def slots_of(routing: Routing, tokens: slice) -> tuple[list[list[int]], list[lis
         routing: of a batch.
         tokens: which tokens of it.
     """
-    weights_TE = routing.expert_weights[tokens].double().cpu()
+    weights_TE = routing.expert_weights[tokens].cpu().double()
     kept = min(SHOWN_SLOTS, weights_TE.shape[1])
     weights, experts = torch.sort(weights_TE, dim=-1, descending=True, stable=True)
     found_e, found_w = [], []

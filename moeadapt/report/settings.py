@@ -41,7 +41,7 @@ def versions() -> dict[str, str]:
     return {"moeadapt": __version__, **others, "python": platform.python_version()}
 
 
-def _component(given: Mapping[str, Any], registry: Mapping[str, Any]) -> str:
+def _component(given: Any, registry: Mapping[str, Any]) -> str:
     """Return `name (option value, ...)`: k, and what is not as it is by default."""
     fields = registry[given["name"]].model_fields
     options = [

@@ -39,7 +39,7 @@ def cosines(banks: Sequence[ExpertBank]) -> Float[Tensor, "E E"] | None:
     """
     if not banks or any(type(bank) not in KNOWN or not bank.linear for bank in banks):
         return None
-    total_EE = torch.stack([products(bank).double().cpu() for bank in banks]).sum(0)
+    total_EE = torch.stack([products(bank).cpu().double() for bank in banks]).sum(0)
     total_EE = (total_EE + total_EE.T) / 2  # rounding aside, they are equal
     norm_E = total_EE.diagonal().clamp(min=0).sqrt()
     if not norm_E.any():

@@ -105,9 +105,9 @@ def check_layer(layer, sums):
     uses = [sum(row[e] for row in sums["used"]) for e in range(E)]
     load = [n / slots for n in uses]
     assert layer.load == pytest.approx(load)
-    assert layer.importance == pytest.approx([p / sums["tokens"] for p in sums["probs"]], rel=1e-4)
+    assert layer.importance == pytest.approx([p / sums["tokens"] for p in sums["probs"]], rel=1e-6)
     assert layer.active == pytest.approx(slots / sums["tokens"])
-    assert layer.entropy == pytest.approx(sums["bits"] / sums["tokens"], rel=1e-4)
+    assert layer.entropy == pytest.approx(sums["bits"] / sums["tokens"], rel=1e-6)
     assert layer.max_over_mean == pytest.approx(max(load) * E)
     spread = math.sqrt(sum((share - 1 / E) ** 2 for share in load) / E)
     assert layer.cv == pytest.approx(spread * E, abs=1e-12)
