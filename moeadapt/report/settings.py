@@ -42,12 +42,12 @@ def versions() -> dict[str, str]:
 
 
 def _component(given: Any, registry: Mapping[str, Any]) -> str:
-    """Return `name (option value, ...)`: k, and what is not as it is by default."""
+    """Return `name (option value, ...)`: k, a coefficient, and what is not as it is by default."""
     fields = registry[given["name"]].model_fields
     options = [
         f"{option} {value}"
         for option, value in given.items()
-        if option in fields and (option == "k" or value != fields[option].default)
+        if option in fields and (option in ("k", "coef") or value != fields[option].default)
     ]
     return f"{given['name']} ({', '.join(options)})" if options else str(given["name"])
 
