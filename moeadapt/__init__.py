@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from moeadapt.export.split import split as split
     from moeadapt.export.upcycle import upcycle as upcycle
     from moeadapt.presets import PRESETS as PRESETS
+    from moeadapt.report.report import report as report
     from moeadapt.routers import ROUTERS as ROUTERS
     from moeadapt.routing import Routing as Routing
     from moeadapt.training.callback import MoeAdaptCallback as MoeAdaptCallback
@@ -54,6 +55,7 @@ _HOME = {
     "init_routers_kmeans": "moeadapt.tuner.init",
     "merge": "moeadapt.export.merge",
     "override_routing": "moeadapt.tuner.override",
+    "report": "moeadapt",
     "set_aux_loss_scale": "moeadapt.tuner.inspect",
     "split": "moeadapt.export.split",
     "step_schedule": "moeadapt.tuner.inspect",
@@ -68,7 +70,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'moeadapt' has no attribute {name!r}")
-    if name in ("errors", "export", "surgery"):
+    if name in ("errors", "export", "report", "surgery"):
         return importlib.import_module(f"{_HOME[name]}.{name}")
     return getattr(importlib.import_module(_HOME[name]), name)
 

@@ -52,6 +52,7 @@ def test_public_names_are_these():
         "init_routers_kmeans",
         "merge",
         "override_routing",
+        "report",
         "set_aux_loss_scale",
         "split",
         "step_schedule",

@@ -1,4 +1,6 @@
-"""Every number of a routing report: `collect` measures, `render` shows, the JSON file holds it.
+"""Every number of a report: what `collect` measures, `render` shows and the JSON file holds.
+
+Layers may differ in their number of experts: E is then that of the layer, and nothing is padded.
 
 Letters: L layers (or blocks) with a router, E experts, D domains, T tokens.
 """
@@ -56,14 +58,14 @@ class Layer:
     Attributes:
         name: path of the layer or block.
         load: share of the used slots of each expert [E], sums to one.
-        importance: mean probability of each expert [E].
+        importance: mean probability of each expert [E]; below one in sum with null experts.
         max_over_mean: largest load times E; 1 is balance.
         cv: standard deviation of the load over its mean; 0 is balance.
         effective_experts: exponential of the entropy of the load, from 1 to E.
         active: experts that a token uses, mean.
-        entropy: of a token's probabilities, mean, in bits.
+        entropy: of a token's probabilities, null experts included, mean, in bits.
         lift: how much oftener a domain uses an expert than all tokens do [D][E]; 1 is as often.
-        p_value: of that lift, by permutation of the domains of the texts [D][E].
+        p_value: of that lift, two-sided, by permutation of the domains of the texts [D][E].
         mutual_information: between domain and main expert, in bits.
         mutual_information_null: mean under permutation, in bits.
         mutual_information_p: share of permutations that reach it.
@@ -94,7 +96,8 @@ class Flow:
 
     Attributes:
         layer: index of the first of the two layers.
-        shares: [E][E], all entries together sum to one.
+        shares: [E][E of the next layer], all entries together sum to one. Tokens that use no
+            expert in one of the two are left out.
     """
 
     layer: int
@@ -103,12 +106,13 @@ class Flow:
 
 @dataclass(frozen=True, kw_only=True)
 class ColoredText:
-    """A held-out text, token by token.
+    """The start of a held-out text, token by token, and the largest slots of each token.
 
     Attributes:
         domain: its domain.
         tokens: the text of each token [T].
-        experts: experts of each token in each layer, the largest weight first [L][T][slots].
+        experts: used experts of each token in each layer, the largest weight first
+            [L][T][slots].
         weights: their weights, the same shape.
     """
 
@@ -133,13 +137,13 @@ class ReportData:
     Attributes:
         title: name of the adapter.
         settings: what was asked for: base, placement, router, experts, balance, ...
-        num_experts: E.
+        num_experts: E, of the layer that has the most.
         domains: names, [D].
         texts_per_domain: how many held-out texts, [D].
         tokens: how many tokens were measured.
         verdicts: the tiles, in order.
         arms: the ways of routing, `learned` first.
-        layers: the routers, in the order of the model.
+        layers: the routers, in the order they run in.
         flows: between consecutive layers.
         texts: a few, to be shown coloured.
         training: logged steps; empty: none were found.

@@ -1,0 +1,129 @@
+"""Which domain uses which expert, and whether texts dealt to domains at random would look alike.
+
+The unit of a permutation is a text: the tokens of one text are no independent draws.
+
+Letters: N texts, D domains, E experts, P permutations, Q permutations of a part.
+
+Source: permutation tests with the +1 correction, Phipson and Smyth 2010,
+https://doi.org/10.2202/1544-6115.1585, eq. 2; mutual information, Cover and Thomas 2006, section
+2.3.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from moeadapt.report.counts import LayerCounts
+
+MOST_ENTRIES = 2**24
+"""Entries of the permuted one-hot labels that are made at a time: 128 MB."""
+
+ROUNDING = 1e-12
+"""Bits that two equal mutual informations may differ by."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainUse:
+    """How the domains use the experts of one layer.
+
+    Attributes:
+        lift: P(e | d) / P(e) over used slots; 1 where nothing was used.
+        p_value: two-sided, of that lift: twice the smaller tail, at most 1.
+        mutual_information: between domain and main expert of a token, in bits.
+        mutual_information_null: its mean over the permutations: what chance alone gives.
+        mutual_information_p: share of permutations that reach it, the observed one included.
+    """
+
+    lift: Float[Tensor, "D E"]
+    p_value: Float[Tensor, "D E"]
+    mutual_information: float
+    mutual_information_null: float
+    mutual_information_p: float
+
+
+def permuted_labels(labels: Int[Tensor, " N"], permutations: int, seed: int) -> Int[Tensor, "P N"]:
+    """Return the domains of the texts, dealt anew in each row.
+
+    Args:
+        labels: domain of each text.
+        permutations: P, >= 1.
+        seed: the same one deals alike.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = [labels[torch.randperm(len(labels), generator=generator)] for _ in range(permutations)]
+    return torch.stack(rows)
+
+
+def compare_domains(
+    labels: Int[Tensor, " N"],
+    permuted: Int[Tensor, "P N"],
+    num_domains: int,
+    layer: LayerCounts,
+) -> DomainUse:
+    """Compare the domains' use of the experts with chance.
+
+    Args:
+        labels: domain of each text.
+        permuted: what `permuted_labels` returned.
+        num_domains: D; with one there is nothing to compare: lift 1, p 1, no information.
+        layer: the counts.
+    """
+    used_NE, main_NE = layer.used.double(), layer.main.double()
+    shape = (num_domains, layer.num_experts)
+    if num_domains == 1:
+        return DomainUse(
+            lift=torch.ones(shape, dtype=torch.float64),
+            p_value=torch.ones(shape, dtype=torch.float64),
+            mutual_information=0.0,
+            mutual_information_null=0.0,
+            mutual_information_p=1.0,
+        )
+    own = _one_hot(labels.unsqueeze(0), num_domains)
+    lift_DE = lifts(own @ used_NE)[0]
+    bits = float(information(own @ main_NE)[0])
+    above_DE = torch.zeros(shape, dtype=torch.float64)
+    below_DE = torch.zeros(shape, dtype=torch.float64)
+    total, reached = 0.0, 0
+    for part in permuted.split(max(1, MOST_ENTRIES // (num_domains * len(labels)))):
+        dealt_QDN = _one_hot(part, num_domains)
+        null_QDE = lifts(dealt_QDN @ used_NE)
+        above_DE += (null_QDE >= lift_DE).sum(0)
+        below_DE += (null_QDE <= lift_DE).sum(0)
+        null_Q = information(dealt_QDN @ main_NE)
+        total += float(null_Q.sum())
+        reached += int((null_Q >= bits - ROUNDING).sum())
+    tails_DE = torch.minimum(above_DE, below_DE)
+    return DomainUse(
+        lift=lift_DE,
+        p_value=(2 * (tails_DE + 1) / (len(permuted) + 1)).clamp(max=1),
+        mutual_information=bits,
+        mutual_information_null=total / len(permuted),
+        mutual_information_p=(reached + 1) / (len(permuted) + 1),
+    )
+
+
+def _one_hot(labels: Int[Tensor, "Q N"], num_domains: int) -> Float[Tensor, "Q D N"]:
+    domains_D1 = torch.arange(num_domains).unsqueeze(-1)
+    return (labels.unsqueeze(1) == domains_D1).double()
+
+
+def lifts(counts: Float[Tensor, "Q D E"]) -> Float[Tensor, "Q D E"]:
+    """Return P(e | d) / P(e) of counts; 1 where the domain or the expert has none.
+
+    Counts are whole numbers, so equal counts give equal bits and ties are found as ties.
+    """
+    by_expert_QE = counts.sum(1, keepdim=True)
+    by_domain_QD = counts.sum(2, keepdim=True)
+    expected = by_expert_QE * by_domain_QD
+    lift = counts * counts.sum((1, 2), keepdim=True) / expected.clamp(min=1)
+    return torch.where(expected == 0, torch.ones_like(lift), lift)
+
+
+def information(counts: Float[Tensor, "Q D E"]) -> Float[Tensor, " Q"]:
+    """Return the mutual information of rows and columns of a table of counts, in bits; >= 0."""
+    joint = counts / counts.sum((1, 2), keepdim=True).clamp(min=1)
+    apart = joint.sum(1, keepdim=True) * joint.sum(2, keepdim=True)
+    ratio = torch.where(joint == 0, torch.ones_like(joint), joint / apart)
+    return (joint * ratio.log2()).sum((1, 2)).clamp(min=0)
