@@ -11,13 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from moeadapt.interpret.losses import counted_tokens, logits_of, real_tokens, token_nll
+from moeadapt.interpret.losses import as_batches, counted_tokens, logits_of, real_tokens, token_nll
 from moeadapt.interpret.norms import Watch
 from moeadapt.interpret.observe import routing_of
 from moeadapt.interpret.scope import choose_experts, choose_layers, keep_weights, only_at, without
 from moeadapt.tuner.inspect import collect_routing
 from moeadapt.tuner.override import override_routing
-from moeadapt.tuner.probe import Batch, evaluating, read_batches
+from moeadapt.tuner.probe import Batch, evaluating
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def contributions(
     item = {"input_ids": input_ids}
     if attention_mask is not None:
         item["attention_mask"] = attention_mask
-    (batch,) = read_batches([item])
+    (batch,) = as_batches([item])
     real = real_tokens(batch).cpu()
     watch = Watch(model, chosen)
     found = {}

@@ -42,16 +42,19 @@ class Information:
     tokens: int
 
 
-def entropy_bits(values: Int[Tensor, " N"]) -> float:
-    """Return the entropy of the empirical distribution of `values`, numbers from 0, in bits."""
+def entropy_bits(values: Tensor) -> float:
+    """Return the entropy of the empirical distribution of `values` [N], numbers from 0, in bits."""
     share = torch.bincount(values).double() / len(values)
     return float(torch.special.entr(share).sum()) / math.log(2)
 
 
 def mutual_information(a: Int[Tensor, " N"], b: Int[Tensor, " N"]) -> float:
     """Return I(a; b) in bits by H(a) + H(b) - H(a, b), at least 0."""
-    together = a * (int(b.max()) + 1) + b
-    return max(entropy_bits(a) + entropy_bits(b) - entropy_bits(together), 0.0)
+    return _shared(entropy_bits(a), entropy_bits(b), a, b)
+
+
+def _shared(bits_a: float, bits_b: float, a: Tensor, b: Tensor) -> float:
+    return max(bits_a + bits_b - entropy_bits(a * (int(b.max()) + 1) + b), 0.0)
 
 
 def compare_with_chance(
@@ -78,22 +81,25 @@ def compare_with_chance(
     if not len(labels):
         raise ConfigError("there is no token to measure on")
     generator = torch.Generator().manual_seed(seed)
-    measured = {name: mutual_information(labels, own) for name, own in experts.items()}
+    whole, of_labels = {n: entropy_bits(own) for n, own in experts.items()}, entropy_bits(labels)
+    measured = {n: _shared(of_labels, whole[n], labels, own) for n, own in experts.items()}
     null: dict[str, list[float]] = {name: [] for name in experts}
     for _ in range(permutations):
         other = shuffle(generator)
+        # Texts of different lengths that trade their labels change how often each label is.
+        bits = entropy_bits(other)
         for name, own in experts.items():
-            null[name].append(mutual_information(other, own))
+            null[name].append(_shared(bits, whole[name], other, own))
     return {
         name: Information(
             bits=measured[name],
             null_bits=sum(null[name]) / permutations,
             p_value=_p_value(measured[name], null[name]),
-            expert_entropy=entropy_bits(own),
-            label_entropy=entropy_bits(labels),
+            expert_entropy=whole[name],
+            label_entropy=of_labels,
             tokens=len(labels),
         )
-        for name, own in experts.items()
+        for name in experts
     }
 
 

@@ -1,9 +1,9 @@
 """The loss of every text, with padding left out: what most questions compare.
 
-Letters: B rows of a batch, S tokens of a row, V vocabulary, N texts.
+Letters: B rows of a batch, S tokens of a row, P = S - 1 predicted ones, V vocabulary, N texts.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +40,7 @@ def as_batches(data: Iterable[Any]) -> list[Batch]:
     """Return `data` as batches: they are, or `read_batches` makes them.
 
     Raises:
-        ConfigError: it is empty, or of another form.
+        ConfigError: it is empty or of another form, or its shapes do not fit together.
     """
     if isinstance(data, Batch):
         return [data]
@@ -52,7 +52,20 @@ def as_batches(data: Iterable[Any]) -> list[Batch]:
         )
     if items and all(isinstance(item, Batch) for item in items):
         return items
+    for item in items:
+        if isinstance(item, Mapping) and "input_ids" in item:
+            _check_shapes(item)
     return read_batches(items)
+
+
+def _check_shapes(item: Mapping[str, Any]) -> None:
+    shape = tuple(torch.as_tensor(item["input_ids"]).shape)
+    for name in ("attention_mask", "labels"):
+        own = shape if item.get(name) is None else tuple(torch.as_tensor(item[name]).shape)
+        if own != shape:
+            raise ConfigError(
+                f"{name} has the shape {own}, input_ids {shape}; give one entry per token"
+            )
 
 
 def real_tokens(batch: Batch) -> Bool[Tensor, "B S"]:
@@ -60,15 +73,10 @@ def real_tokens(batch: Batch) -> Bool[Tensor, "B S"]:
     ids, mask = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids, dtype=torch.bool)
-    if mask.shape != ids.shape:
-        raise ConfigError(
-            f"attention_mask has the shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}; "
-            "give one entry per token"
-        )
     return mask.bool()
 
 
-def counted_tokens(batch: Batch) -> Bool[Tensor, "B S-1"]:
+def counted_tokens(batch: Batch) -> Bool[Tensor, "B P"]:
     """Return which of the tokens from the second on have a loss.
 
     Not the first token of a row that is padded on the left: it is predicted from padding.
@@ -77,7 +85,7 @@ def counted_tokens(batch: Batch) -> Bool[Tensor, "B S-1"]:
     return (batch.labels[:, 1:] != IGNORED) & real[:, 1:] & real[:, :-1]
 
 
-def token_nll(logits: Float[Tensor, "B S V"], batch: Batch) -> Float[Tensor, "B S-1"]:
+def token_nll(logits: Float[Tensor, "B S V"], batch: Batch) -> Float[Tensor, "B P"]:
     """Return -log p of each token from the second on, in nats; 0 where it is not counted."""
     told = batch.labels[:, 1:].masked_fill(~counted_tokens(batch), IGNORED).to(logits.device)
     said = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))

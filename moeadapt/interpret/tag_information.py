@@ -3,7 +3,7 @@
 Letters: N real tokens.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,20 +83,23 @@ def tag_information(
     seen = observe(model, data, names)
     labels = _numbers(given) if given is not None else _own(seen, str(tags))
     experts = {name: main_expert(weights) for name, weights in seen.weights.items()}
-    of_texts = _of_texts(labels, seen.texts)
-    if of_texts is None:
-        shuffle = shuffled(labels)
-    else:
-        trade = shuffled(of_texts)
-        _, number = torch.unique(seen.texts, return_inverse=True)
-
-        def shuffle(generator: torch.Generator) -> Tensor:
-            return trade(generator)[number]
-
+    permuted, shuffle = _shuffle(labels, seen.texts)
     return TagInformation(
-        permuted="tokens" if of_texts is None else "texts",
+        permuted=permuted,
         layers=compare_with_chance(labels, experts, shuffle, permutations, seed),
     )
+
+
+def _shuffle(
+    labels: Int[Tensor, " N"], texts: Int[Tensor, " N"]
+) -> tuple[str, Callable[[torch.Generator], Tensor]]:
+    """Return what trades labels in a permutation, `texts` or `tokens`, and what does it."""
+    of_texts = _of_texts(labels, texts)
+    if of_texts is None:
+        return "tokens", shuffled(labels)
+    trade = shuffled(of_texts)
+    number = torch.unique(texts, return_inverse=True)[1]
+    return "texts", lambda generator: trade(generator)[number]
 
 
 def _own(seen: Observed, tag: str) -> Int[Tensor, " N"]:
