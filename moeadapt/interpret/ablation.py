@@ -36,7 +36,7 @@ def ablation(
     batches: Iterable[Any],
     experts: Sequence[int] | None = None,
     layers: Sequence[str] | None = None,
-    removals: Sequence[Removal] = ("zero", "ban"),
+    removals: Sequence[str] = ("zero", "ban"),
 ) -> Ablation:
     """Remove one expert at a time, in each layer and in all of them, and measure the loss.
 

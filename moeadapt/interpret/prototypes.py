@@ -39,7 +39,7 @@ class Prototype:
 def prototypes(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str],
+    texts: Iterable[Any],
     per_expert: int = 5,
     *,
     layers: Sequence[str] | None = None,
@@ -55,7 +55,7 @@ def prototypes(
     Args:
         model: the model, in any wrapper.
         tokenizer: of the model, with a padding token.
-        texts: to look for tokens in.
+        texts: to look for tokens in; or batches, see `read_batches`.
         per_expert: how many, at least 1; fewer come back where an expert takes fewer.
         layers: layers or blocks, named as by `collect_routing`; None: all.
         experts: which ones; None: all.
@@ -78,8 +78,6 @@ def prototypes(
     if per_expert < 1 or context < 0:
         raise ConfigError(f"per_expert={per_expert} must be 1 or more, context={context} 0 or more")
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if not all(isinstance(text, str) for text in texts):
-        raise ConfigError("texts must be strings: prototypes shows what stands around a token")
     data = read_batches(texts, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
     seen = observe(model, data, list(chosen))
     special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", [])), dtype=torch.int64)

@@ -10,13 +10,13 @@ from tests.interpret.kit import KINDS, items, mean_loss, model_of, model_with_id
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rises_are_differences_of_mean_losses(kind):
-    model, data = model_of(kind), items()
-    layers = list(choose_layers(model))[:2]
-    found = ablation(model, data, experts=[1, 3], layers=layers)
+    model, data = model_of(kind), items(1)
+    layers = list(choose_layers(model))[-2:]
+    found = ablation(model, data, experts=[1], layers=layers)
     own = mean_loss(model, data)
     assert found.loss == pytest.approx(own)
     assert list(found.by_layer["zero"]) == layers
-    for expert in (1, 3):
+    for expert in (1,):
         for layer in layers:
             zero = mean_loss(model, data, edit=zeroed([expert], [layer])) - own
             ban = mean_loss(model, data, ban=expert, layers=[layer]) - own

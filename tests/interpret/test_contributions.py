@@ -122,11 +122,13 @@ def test_padding_does_not_matter(kind, models):
     layer = next(iter(choose_layers(model)))
     padded = contributions(model, IDS, MASK, layers=[layer])
     alone = contributions(model, IDS[1:2, 2:], layers=[layer])
-    assert_close(padded.logprob[1, 2:], alone.logprob[0], equal_nan=True)
+    # Positions are rotated in float32.
+    close = {"rtol": 1e-4, "atol": 1e-5, "equal_nan": True}
+    assert_close(padded.logprob[1, 2:], alone.logprob[0], **close)
     mine, theirs = padded.layers[layer], alone.layers[layer]
-    assert_close(mine.logprob_change[1, 2:], theirs.logprob_change[0], equal_nan=True)
+    assert_close(mine.logprob_change[1, 2:], theirs.logprob_change[0], **close)
     for name, norms in mine.norms.items():
-        assert_close(norms[1, 2:], theirs.norms[name][0])
+        assert_close(norms[1, 2:], theirs.norms[name][0], **close)
 
 
 def test_without_effects_nothing_is_removed(models):
@@ -135,7 +137,7 @@ def test_without_effects_nothing_is_removed(models):
 
 
 def test_an_expert_that_some_layer_lacks_is_left_out_there():
-    model = model_of("block", experts_pattern={r"layers\.0\.": 2})
+    model = model_of("block", experts_pattern={"layers.0.mlp": 2})
     found = contributions(model, IDS, MASK, experts=[3])
     columns = {name: own.experts for name, own in found.layers.items()}
     assert columns["model.layers.0.mlp"] == ()

@@ -9,13 +9,13 @@ from tests.interpret.kit import answers_of, items, mean_loss, model_of, zeroed
 
 @pytest.fixture(scope="module")
 def model():
-    return model_of("layer")
+    return model_of("block")
 
 
 @pytest.fixture(scope="module")
 def data(model):
     """Texts whose next token is the mixture's own answer, so that the base is worse."""
-    return [answers_of(model, item) for item in items()]
+    return [answers_of(model, item) for item in items(1)]
 
 
 def test_kept_is_a_share_of_the_gain_over_the_base(model, data):
@@ -44,7 +44,7 @@ def test_the_mixture_keeps_all_and_no_expert_nothing(model, data):
 
 def test_without_a_gain_nothing_can_be_kept(model):
     with model.disable_adapter():
-        data = [answers_of(model, item) for item in items()]
+        data = [answers_of(model, item) for item in items(1)]
     found = fidelity(model, data, {"one": {"k": 1}})
     assert found.base < found.mixture
     assert found.approximations["one"].kept is None

@@ -51,7 +51,7 @@ def test_domains_may_come_as_a_mapping(model):
 
 
 def test_only_experts_of_every_layer_can_be_alone():
-    model = model_of("block", experts_pattern={r"layers\.0\.": 2})
+    model = model_of("block", experts_pattern={"layers.0.mlp": 2})
     assert probe_experts(model, items(1)).experts == (0, 1)
     with pytest.raises(ConfigError, match="experts 0 to 1"):
         probe_experts(model, items(1), experts=[3])
