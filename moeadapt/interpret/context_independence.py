@@ -1,7 +1,7 @@
 """How much of the choice of an expert does the token id alone decide?
 
-Source: the question is that of Xue et al. 2024 (OpenMoE), https://arxiv.org/abs/2402.01739,
-section 4.1 ("context-independent specialization"); the share of entropy explained is Theil's
+Source: the question is that of Xue et al. 2024 (OpenMoE), https://arxiv.org/abs/2402.01739
+("context-independent specialization"); the share of entropy explained is Theil's
 uncertainty coefficient, adjusted for chance as in Vinh, Epps and Bailey 2010.
 """
 

@@ -3,7 +3,7 @@
 Letters: N texts.
 
 Source: the standard error is that of a ratio of two sums over texts, Cochran 1977, "Sampling
-Techniques", eq. 6.13: the text, not the token, is the unit that was drawn.
+Techniques", chapter 6: the text, not the token, is the unit that was drawn.
 """
 
 import math

@@ -4,7 +4,7 @@ Players are experts, a coalition S is the model in which only the experts of S k
 and all others have weight 0 (nothing is renormalised), and its value is minus the loss.
 
 Source: Shapley 1953, "A Value for n-Person Games"; sampling of permutations: Castro, Gomez and
-Tejada 2009, "Polynomial calculation of the Shapley value based on sampling", algorithm 1.
+Tejada 2009, "Polynomial calculation of the Shapley value based on sampling".
 """
 
 import math

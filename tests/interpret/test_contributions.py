@@ -137,7 +137,10 @@ def test_without_effects_nothing_is_removed(models):
 
 
 def test_an_expert_that_some_layer_lacks_is_left_out_there():
-    model = model_of("block", experts_pattern={"layers.0.mlp": 2})
+    model = model_of(
+        "block",
+        experts_pattern={f"model.layers.0.mlp.{name}_proj": 2 for name in ("gate", "up", "down")},
+    )
     found = contributions(model, IDS, MASK, experts=[3])
     columns = {name: own.experts for name, own in found.layers.items()}
     assert columns["model.layers.0.mlp"] == ()

@@ -25,7 +25,7 @@ def losses(model, data, domain, **override):
 
 
 def test_the_matrix_holds_each_experts_loss_on_each_domain(model):
-    data = items()
+    data = items(1)
     found = probe_experts(model, data)
     assert found.domains == ("blue", "red")
     assert found.experts == (0, 1, 2, 3)
@@ -51,7 +51,10 @@ def test_domains_may_come_as_a_mapping(model):
 
 
 def test_only_experts_of_every_layer_can_be_alone():
-    model = model_of("block", experts_pattern={"layers.0.mlp": 2})
+    model = model_of(
+        "block",
+        experts_pattern={f"model.layers.0.mlp.{name}_proj": 2 for name in ("gate", "up", "down")},
+    )
     assert probe_experts(model, items(1)).experts == (0, 1)
     with pytest.raises(ConfigError, match="experts 0 to 1"):
         probe_experts(model, items(1), experts=[3])

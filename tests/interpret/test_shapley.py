@@ -36,7 +36,7 @@ def test_exact_values_are_the_mean_over_all_orders(players):
 
 
 def test_of_two_left_gloves_and_a_right_one_the_right_one_is_worth_most():
-    """Shapley's own example: 0 owns a right glove, 1 and 2 a left one; a pair is worth 1."""
+    """The glove game: 0 owns a right glove, 1 and 2 a left one; a pair is worth 1."""
     pair = lambda coalition: float(0 in coalition and len(coalition) > 1)  # noqa: E731
     assert exact_values(pair, 3) == pytest.approx([2 / 3, 1 / 6, 1 / 6])
 
