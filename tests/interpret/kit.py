@@ -1,6 +1,7 @@
 """Tiny mixtures in float64, their data, and the slow definitions that the answers are held to."""
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +15,19 @@ EXPERTS = 4
 
 
 def model_of(kind: str, **fields):
-    """Return a mixture of four experts, two per token, whose experts do something."""
-    return adapted("llama", kind, **fields).double().eval()
+    """Return a mixture of four experts, two per token, whose experts do something.
+
+    Without other fields it is the same one each time: no question may change it.
+    """
+    return adapted("llama", kind, **fields).double().eval() if fields else _usual(kind)
 
 
+@cache
+def _usual(kind: str):
+    return adapted("llama", kind).double().eval()
+
+
+@cache
 def model_with_idle_expert(kind: str):
     """Return a mixture with one expert per token, whose expert 3 no token ever uses."""
     model = model_of(kind, router={"name": "top_k", "k": 1, "init_std": 0.5})

@@ -30,7 +30,7 @@ QUESTIONS = {
     ),
     "counterfactual": lambda model, data: interpret.counterfactual(model, data, k=1),
     "shapley": lambda model, data, layers=None: interpret.shapley(
-        model, data, layer=layers and layers[0]
+        model, data, layer=layers and layers[0], exact=False, samples=2
     ),
     "fidelity": interpret.fidelity,
     "gate_sensitivity": interpret.gate_sensitivity,
@@ -54,6 +54,11 @@ def model():
     return model_of("ffn")
 
 
+@pytest.fixture(scope="module")
+def base():
+    return tiny("llama")
+
+
 def hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -74,9 +79,9 @@ def test_a_question_leaves_the_model_as_it_was(name, model):
 
 
 @questions
-def test_a_model_without_a_mixture_is_refused(name):
+def test_a_model_without_a_mixture_is_refused(name, base):
     with pytest.raises(ConfigError, match="no mixture"):
-        QUESTIONS[name](tiny("llama"), items(1))
+        QUESTIONS[name](base, items(1))
 
 
 @questions
@@ -128,7 +133,7 @@ def test_batches_answer_as_what_they_were_read_from(name, model):
 
 
 def test_two_active_adapters_are_refused():
-    model = model_of("layer")
+    model = model_of("layer", r=2)
     model.add_adapter("other", moe_config("layer"))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ConfigError, match="active together"):
