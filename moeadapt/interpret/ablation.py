@@ -1,6 +1,6 @@
 """What does the loss rise by when an expert is removed?"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -79,21 +79,28 @@ def ablation(
         with _removed(model, way, expert, places):
             return text_losses(model, data).mean - loss
 
-    by_layer: dict[str, dict[str, dict[int, float]]] = {}
-    everywhere: dict[str, dict[int, float]] = {}
-    for way in removals:
-        can = {
-            layer: () if way == "ban" and sizes[layer] == 1 else chosen[layer] for layer in sizes
-        }
-        by_layer[way] = {
-            layer: {expert: rise(way, expert, [layer]) for expert in own}
-            for layer, own in can.items()
-        }
-        everywhere[way] = {
-            expert: rise(way, expert, [layer for layer in sizes if expert in can[layer]])
-            for expert in sorted({expert for own in can.values() for expert in own})
-        }
-    return Ablation(loss=loss, by_layer=by_layer, everywhere=everywhere)
+    found = {way: _rises(rise, way, sizes, chosen) for way in removals}
+    return Ablation(
+        loss=loss,
+        by_layer={way: by_layer for way, (by_layer, _) in found.items()},
+        everywhere={way: everywhere for way, (_, everywhere) in found.items()},
+    )
+
+
+def _rises(
+    rise: Callable[[str, int, Sequence[str]], float],
+    way: str,
+    sizes: dict[str, int],
+    chosen: dict[str, tuple[int, ...]],
+) -> tuple[dict[str, dict[int, float]], dict[int, float]]:
+    """Remove every chosen expert by layer, and everywhere."""
+    can = {name: () if way == "ban" and sizes[name] == 1 else chosen[name] for name in sizes}
+    by_layer = {name: {e: rise(way, e, [name]) for e in own} for name, own in can.items()}
+    everywhere = {
+        expert: rise(way, expert, [name for name in can if expert in can[name]])
+        for expert in sorted({expert for own in can.values() for expert in own})
+    }
+    return by_layer, everywhere
 
 
 def _removed(

@@ -18,6 +18,9 @@ from moeadapt.interpret.losses import as_batches
 from moeadapt.interpret.observe import main_expert, observe
 from moeadapt.interpret.scope import choose_layers
 
+# Bits: what is left of an entropy that chance explains in full.
+_ROUNDING = 1e-9
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerIndependence:
@@ -104,6 +107,3 @@ def _explained(found: Information) -> LayerIndependence:
         adjusted=(found.bits - chance) / (whole - chance) if whole - chance > _ROUNDING else None,
         information=found,
     )
-
-
-_ROUNDING = 1e-9

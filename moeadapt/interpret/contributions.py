@@ -15,6 +15,7 @@ from moeadapt.interpret.losses import as_batches, counted_tokens, logits_of, rea
 from moeadapt.interpret.norms import Watch
 from moeadapt.interpret.observe import routing_of
 from moeadapt.interpret.scope import choose_experts, choose_layers, keep_weights, only_at, without
+from moeadapt.routing import Routing
 from moeadapt.tuner.inspect import collect_routing
 from moeadapt.tuner.override import override_routing
 from moeadapt.tuner.probe import Batch, evaluating
@@ -92,49 +93,69 @@ def contributions(
         >>> found.layers["model.layers.0.mlp"].logprob_change[0, 3]
     """
     chosen = choose_experts(choose_layers(model, layers), experts)
-    item = {"input_ids": input_ids}
-    if attention_mask is not None:
-        item["attention_mask"] = attention_mask
-    (batch,) = as_batches([item])
+    given = {"input_ids": input_ids, "attention_mask": attention_mask}
+    (batch,) = as_batches([{name: x for name, x in given.items() if x is not None}])
     real = real_tokens(batch).cpu()
-    watch = Watch(model, chosen)
-    found = {}
+    watch, found = Watch(model, chosen), {}
     with evaluating(model):
-        with (
-            collect_routing(model) as routings,
-            override_routing(model, edit=keep_weights),
-            watch.lengths() as lengths,
-            watch.outputs() as outputs,
-        ):
-            logprob = _logprob(model, batch)
+        logprob, routings, lengths, outputs = _as_routed(model, batch, watch)
         for name, own in chosen.items():
             routing = routing_of(routings, name, real.numel())
             weights = _rows(routing.expert_weights[:, list(own)].cpu(), real)
             norms = {key: _rows(x, real) * weights.abs() for key, x in lengths[name].items()}
-            changes = []
-            for expert in own if effects or name in outputs else ():
-                edit = only_at([name], without([expert]))
-                with override_routing(model, edit=edit), watch.outputs() as others:
-                    changes.append(_logprob(model, batch) - logprob)
+            changes = None
+            if effects or name in outputs:
+                others, answers = _without_each(model, batch, watch, name, own)
+                changes = others - logprob.unsqueeze(-1) if effects else None
                 if name in outputs:
-                    length = (outputs[name] - others[name]).norm(dim=-1, keepdim=True)
-                    norms[name] = torch.cat([*_given(norms, name), _rows(length, real)], -1)
+                    lost = [(outputs[name] - rest).norm(dim=-1).cpu() for rest in answers]
+                    norms[name] = _rows(_columns(lost, (real.numel(),)), real)
             found[name] = LayerContributions(
-                experts=own,
-                weights=weights,
-                norms=norms,
-                logprob_change=torch.stack(changes, -1) if effects and own else None,
+                experts=own, weights=weights, norms=norms, logprob_change=changes
             )
     return Contributions(logprob=logprob, layers=found)
 
 
-def _given(norms: dict[str, Tensor], name: str) -> list[Tensor]:
-    return [norms[name]] if name in norms else []
+def _as_routed(
+    model: nn.Module, batch: Batch, watch: Watch
+) -> tuple[
+    Float[Tensor, "B S"],
+    dict[str, list[Routing]],
+    dict[str, dict[str, Tensor]],
+    dict[str, Tensor],
+]:
+    """Run once; return log-probabilities, routings, and what `Watch` saw."""
+    with (
+        collect_routing(model) as routings,
+        override_routing(model, edit=keep_weights),
+        watch.lengths() as lengths,
+        watch.outputs() as outputs,
+    ):
+        logprob = _logprob(model, batch)
+    return logprob, routings, lengths, outputs
+
+
+def _without_each(
+    model: nn.Module, batch: Batch, watch: Watch, layer: str, experts: Sequence[int]
+) -> tuple[Float[Tensor, "B S E"], list[Tensor]]:
+    """Return log-probabilities without each expert, and what an FFN of placement `ffn` answers."""
+    logprobs, answers = [], []
+    for expert in experts:
+        edit = only_at([layer], without([expert]))
+        with override_routing(model, edit=edit), watch.outputs() as outputs:
+            logprobs.append(_logprob(model, batch))
+        answers += [outputs[layer]] if layer in outputs else []
+    return _columns(logprobs, batch.labels.shape), answers
+
+
+def _columns(columns: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """Stack columns of `shape`, of which there may be none."""
+    return torch.stack(list(columns), -1) if columns else torch.zeros(*shape, 0)
 
 
 def _rows(values: Float[Tensor, "T E"], real: Bool[Tensor, "B S"]) -> Float[Tensor, "B S E"]:
     """Put tokens back into rows, NaN at padding."""
-    return values.view(*real.shape, -1).masked_fill(~real.unsqueeze(-1), math.nan)
+    return values.view(*real.shape, values.shape[-1]).masked_fill(~real.unsqueeze(-1), math.nan)
 
 
 def _logprob(model: nn.Module, batch: Batch) -> Float[Tensor, "B S"]:
