@@ -2,7 +2,18 @@
 
 import typer
 
-from moeadapt.cli import demo, export, merge, methods, plan, split, train, upcycle, validate
+from moeadapt.cli import (
+    demo,
+    evaluate,
+    export,
+    merge,
+    methods,
+    plan,
+    split,
+    train,
+    upcycle,
+    validate,
+)
 from moeadapt.version import __version__
 
 app = typer.Typer(
@@ -13,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for verb in (demo, train, validate, plan, methods, merge, split, upcycle, export):
+for verb in (demo, train, validate, plan, methods, evaluate, merge, split, upcycle, export):
     verb.add_to(app)
 
 
