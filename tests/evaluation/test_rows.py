@@ -70,7 +70,7 @@ def test_a_row_that_cannot_be_scored_is_refused_with_its_number(given, message):
 def test_tokenizers_that_cannot_do_it_are_refused():
     tokenizer = toy_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ loop.length }} {{ m.content }} {% endfor %}"
+        "{% for m in messages %}w{{ loop.length }} {{ m.content }} {% endfor %}"
     )
     with pytest.raises(ConfigError, match="renders the conversation otherwise"):
         prepare([asked("user", "assistant")], tokenizer, max_length=8)
