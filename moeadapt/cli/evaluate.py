@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -62,9 +62,10 @@ def evaluate(
     max_new_tokens: int | None = typer.Option(
         None, min=1, help="For --generate; default: each answer's tokens and a few more."
     ),
-    tasks: list[str] | None = typer.Option(
-        None, help="Tasks of lm-eval, for example hellaswag; repeat it, or use commas."
-    ),
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="Tasks of lm-eval, for example hellaswag; repeat it, or use commas."),
+    ] = None,
     limit: int | None = typer.Option(None, min=1, help="Rows of each task; default: all."),
     num_fewshot: int | None = typer.Option(
         None, min=0, help="Examples before each question of a task; default: the task's own."

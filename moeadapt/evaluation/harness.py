@@ -3,9 +3,11 @@
 Source: Gao et al., https://github.com/EleutherAI/lm-evaluation-harness.
 """
 
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from moeadapt.errors import AssetError, ConfigError, UnsupportedError, did_you_mean
@@ -107,7 +109,7 @@ def run_tasks(
     _check(tasks, limit, num_fewshot, batch_size)
     evaluator: Any = importlib.import_module("lm_eval.evaluator")
     huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
-    manager: Any = importlib.import_module("lm_eval.tasks").TaskManager(include_path=include_path)
+    manager = _task_manager(include_path)
     for name in tasks:
         if not manager.match_tasks([name]):
             raise ConfigError(
@@ -137,6 +139,12 @@ def run_tasks(
             raise AssetError(f"cannot have the data of {', '.join(tasks)}: {error}") from error
     assert found is not None  # only other processes than the first get nothing
     return _read(found, limit, num_fewshot, seed)
+
+
+@lru_cache(maxsize=2)
+def _task_manager(include_path: str | None) -> Any:
+    """Index the tasks: seconds, so once for all arms of a process."""
+    return importlib.import_module("lm_eval.tasks").TaskManager(include_path=include_path)
 
 
 def _check(

@@ -73,6 +73,8 @@ def test_plan_prints_json_for_a_local_model(tmp_path):
     assert numbers["active"] < numbers["trainable"]
 
 
-@pytest.mark.parametrize("verb", ["train", "validate", "plan", "demo", "methods", "merge", "split", "eval"])
+@pytest.mark.parametrize(
+    "verb", ["train", "validate", "plan", "demo", "methods", "eval", "merge", "split"]
+)
 def test_every_verb_has_help(verb):
     assert run_cli(verb, "--help").returncode == 0

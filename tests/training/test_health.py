@@ -13,11 +13,14 @@ import torch
 from moeadapt import MoeAdaptCallback, override_routing
 from moeadapt.errors import ConfigError, RoutingWarning, TrainingError
 from moeadapt.routers import ROUTERS
+from moeadapt.schedule import ScheduleValues
 from moeadapt.stats import RouterStats
 from moeadapt.training import health
 from moeadapt.training.health import WINDOW, RouterHealth, join
 from moeadapt.training.recipe import parse_recipe
 from moeadapt.training.uniform_check import compare_with_uniform
+from moeadapt.tuner.context import RoutingContext
+from moeadapt.tuner.head import RouterHead
 from tests.tiny import adapted, batch, labels_of
 from tests.toy import toy_text
 from tests.training.kit import make_trainer
@@ -31,20 +34,22 @@ def stats(load: list[float], active: float = 1.0, entropy: float = 1.0, tokens: 
     )
 
 
-def head(name: str = "top_k", experts: int = 4, frozen_now: bool = False, **fields: Any) -> Any:
-    """Return what the warnings look at of a router."""
-    router = ROUTERS[name](**fields).build(8, experts)
-    return SimpleNamespace(router=router, values=SimpleNamespace(frozen=frozen_now))
+def head(name: str = "top_k", frozen_now: bool = False, **fields: Any) -> RouterHead:
+    """Return a router of four experts at work."""
+    routers = nn.ModuleDict({"default": ROUTERS[name](**fields).build(8, 4)})
+    found = RouterHead("a", routers, "default", {}, RoutingContext())
+    found.values = ScheduleValues(frozen=frozen_now)
+    return found
 
 
 EVEN = [0.25] * 4
 
 
 def run(
-    *steps: RouterStats, names: tuple[str, ...] = ("default/a",), head: Any = None
+    *steps: RouterStats, names: tuple[str, ...] = ("default/a",), router: RouterHead | None = None
 ) -> list[str]:
     """Observe the steps; return the messages."""
-    router = head or globals()["head"]()
+    router = router or head()
     watch = RouterHealth()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -132,11 +137,11 @@ def test_steps_are_joined_as_if_they_had_been_one() -> None:
     ids=["hash", "random", "uniform", "freeze", "frozen now"],
 )
 def test_routers_that_do_not_learn_are_left_alone(router: Any) -> None:
-    assert run(*[SICK["certain"][0]] * 50, head=router) == []
+    assert run(*[SICK["certain"][0]] * 50, router=router) == []
 
 
 def test_a_router_that_chooses_its_experts_has_no_dead_ones() -> None:
-    assert run(*[SICK["dead"][0]] * 50, head=head("dynamic")) == []
+    assert run(*[SICK["dead"][0]] * 50, router=head("dynamic")) == []
 
 
 def test_only_the_main_process_warns(monkeypatch: pytest.MonkeyPatch) -> None:
