@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from moeadapt import MoeAdaptCallback, override_routing
 from moeadapt.errors import ConfigError, RoutingWarning, TrainingError
