@@ -85,23 +85,25 @@ def evaluate(
     Losses are in nats per token with 95 % intervals. With --against both arms are compared row by
     row, so that a difference is told from noise.
     """
+    names = [name for given in tasks or () for name in given.split(",") if name]
     _check(
         data,
         forgetting,
-        tasks,
+        names,
         out,
+        against,
         {
             "--generate": (generate or None, "--data", data),
             "--max-new-tokens": (max_new_tokens, "--generate", generate or None),
-            "--limit": (limit, "--tasks", tasks),
-            "--num-fewshot": (num_fewshot, "--tasks", tasks),
-            "--include-path": (include_path, "--tasks", tasks),
+            "--limit": (limit, "--tasks", names),
+            "--num-fewshot": (num_fewshot, "--tasks", names),
+            "--include-path": (include_path, "--tasks", names),
         },
     )
     job = _Job(
         data=None if data is None else read_rows(data),
         forgetting=None if forgetting is None else read_rows(forgetting),
-        tasks=[name for given in tasks or () for name in given.split(",") if name],
+        tasks=names,
         limit=limit,
         num_fewshot=num_fewshot,
         include_path=include_path,
@@ -130,13 +132,16 @@ def evaluate(
 def _check(
     data: str | None,
     forgetting: str | None,
-    tasks: Sequence[str] | None,
+    tasks: Sequence[str],
     out: str | None,
+    against: str | None,
     owners: dict[str, tuple[Any, str, Any]],
 ) -> None:
     """Refuse a call that measures nothing, options nobody looks at, and a place that is taken."""
     if not (data or forgetting or tasks):
         raise ConfigError("nothing to measure; give --data, --forgetting or --tasks")
+    if against == BASE_ARM and not (data or tasks):
+        raise ConfigError("--forgetting is measured against the base anyway; leave --against out")
     for option, (value, owner, given) in owners.items():
         if value is not None and not given:
             raise ConfigError(f"{option} belongs to {owner}, which is not given; leave it out")

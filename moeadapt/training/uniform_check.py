@@ -33,7 +33,11 @@ def compare_with_uniform(model: nn.Module, batches: Iterable[Any], device: torch
     Raises:
         TrainingError: there are no batches, or they have no labels, as in preference training.
     """
-    some = [_inputs(batch, model, device) for batch in islice(batches, MOST_BATCHES)]
+    # accelerate's own loader would count as running after a loop that stops early, and a loader
+    # draws a seed from the global generator: the training must not notice.
+    batches = getattr(batches, "base_dataloader", batches)
+    with torch.random.fork_rng(devices=[]):
+        some = [_inputs(batch, model, device) for batch in islice(batches, MOST_BATCHES)]
     if not some:
         raise TrainingError(
             "compare_uniform=True, and the evaluation gave no batches; give an eval_dataset"

@@ -9,7 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from moeadapt.cli import evaluate as verb
+from moeadapt.cli.evaluate_tables import print_tables
 from moeadapt.evaluation import evaluate
+from moeadapt.evaluation.harness import TaskResults, TaskScore
 from tests.evaluation.kit import TOKENIZER, rows
 from tests.tiny import adapt, moe_config, saved_base, tiny
 
@@ -27,6 +30,8 @@ MEASURED = {
 
 WRONG = {
     "nothing": (["MIXTURE"], "nothing to measure; give --data, --forgetting or --tasks"),
+    "no task": (["MIXTURE", "--tasks", ","], "nothing to measure"),
+    "base alone": (["LORA", "--forgetting", "TEXTS", "--against", "base"], "leave --against out"),
     "generate": (["MIXTURE", "--forgetting", "TEXTS", "--generate"], "--generate belongs to --dat"),
     "new tokens": (["MIXTURE", "--data", "ROWS", "--max-new-tokens", "4"], "belongs to --generate"),
     "limit": (["MIXTURE", "--data", "ROWS", "--limit", "4"], "--limit belongs to --tasks"),
@@ -160,3 +165,27 @@ def test_wrong_input_exits_with_2_and_says_why(answers, name):
     assert WRONG[name][1] in " ".join(err.split())
     assert out == ""
     assert "Traceback" not in err
+
+
+def test_tasks_are_run_on_each_arm_with_what_was_asked_for(model, monkeypatch, capsys):
+    asked = []
+
+    def run(model, tokenizer, tasks, **options):
+        asked.append((tasks, options))
+        score = TaskScore(values={"acc,none": 0.5}, errors={"acc,none": 0.1}, rows=4, version="1")
+        return TaskResults(tasks={"toy": score}, limit=4, num_fewshot=2, harness="0", seed=3)
+
+    monkeypatch.setattr("moeadapt.evaluation.run_tasks", run)
+    job = verb._Job(
+        data=None, forgetting=None, tasks=["toy"], limit=4, num_fewshot=2, include_path="here",
+        generate=False, max_new_tokens=None, batch_size=2, max_length=16, seed=3,
+    )  # fmt: skip
+    found, evaluation = verb._measure(job, model, TOKENIZER)
+    other, _ = verb._measure(job, model, TOKENIZER, off=True)
+    assert evaluation is None
+    options = {"limit": 4, "num_fewshot": 2, "include_path": "here", "batch_size": 2}
+    assert asked == [(["toy"], {**options, "max_length": 16, "seed": 3})] * 2
+    print_tables({**found, "against": "base", "other": other})
+    printed = capsys.readouterr().out
+    assert printed.count("0.5000 ± 0.1000") == 2
+    assert "base" in printed

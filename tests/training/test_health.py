@@ -24,7 +24,7 @@ from moeadapt.tuner.context import RoutingContext
 from moeadapt.tuner.head import RouterHead
 from tests.tiny import adapted, batch, labels_of
 from tests.toy import toy_text
-from tests.training.kit import make_trainer
+from tests.training.kit import make_trainer, moe, parameters
 
 
 def stats(load: list[float], active: float = 1.0, entropy: float = 1.0, tokens: float = 100.0):
@@ -252,6 +252,27 @@ def test_evaluations_of_a_run_compare_only_if_asked(
         "learned routing is no better than all experts in equal shares"
     ] * asked
     assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == 2
+
+
+@pytest.mark.parametrize("stock", [False, True])
+def test_the_comparison_does_not_change_the_training(stock: bool, tmp_path: Path) -> None:
+    """Dropout and the order of rows come from the generators, which a comparison must not move."""
+    trained = []
+    for asked in (False, True):
+        option = {"compare_uniform": asked}
+        trainer = make_trainer(
+            "SFT", tmp_path, stock=stock, max_steps=4, eval_strategy="steps", eval_steps=1,
+            gradient_accumulation_steps=2, rows=toy_text(6), config=moe(lora_dropout=0.5),
+            callbacks=[MoeAdaptCallback(**option)] if stock else [],
+            trainer_fields={"eval_dataset": toy_text(40), **({} if stock else option)},
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RoutingWarning)
+            trainer.train()
+        trained.append(parameters(trainer.model, adapter=True))
+        assert trainer.accelerator.gradient_state.active_dataloader is None
+    for name, value in trained[0].items():
+        assert torch.equal(value, trained[1][name]), name
 
 
 FLAGS = ["--model_name_or_path", "x", "--output_dir", "unused", "--use_cpu", "--bf16", "false"]
