@@ -110,12 +110,16 @@ def run_tasks(
     evaluator: Any = importlib.import_module("lm_eval.evaluator")
     huggingface: Any = importlib.import_module("lm_eval.models.huggingface")
     manager = _task_manager(include_path)
-    for name in tasks:
-        if not manager.match_tasks([name]):
-            raise ConfigError(
-                f"lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}; "
-                "include_path names a folder with others"
-            )
+    known = _find(tasks, manager)
+    settings = {
+        "num_fewshot": num_fewshot,
+        "limit": limit,
+        "apply_chat_template": apply_chat_template,
+        "random_seed": seed,
+        "numpy_random_seed": seed,
+        "torch_random_seed": seed,
+        "fewshot_random_seed": seed,
+    }
     with evaluating(model):
         wrapped = huggingface.HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
@@ -123,22 +127,27 @@ def run_tasks(
         try:
             found = evaluator.simple_evaluate(
                 model=wrapped,
-                tasks=manager.match_tasks(list(tasks)),
-                num_fewshot=num_fewshot,
-                limit=limit,
+                tasks=known,
+                task_manager=manager,
                 bootstrap_iters=BOOTSTRAP,
                 log_samples=False,
-                apply_chat_template=apply_chat_template,
-                task_manager=manager,
-                random_seed=seed,
-                numpy_random_seed=seed,
-                torch_random_seed=seed,
-                fewshot_random_seed=seed,
+                **settings,
             )
         except OSError as error:  # the hub's errors, and those of files
             raise AssetError(f"cannot have the data of {', '.join(tasks)}: {error}") from error
     assert found is not None  # only other processes than the first get nothing
     return _read(found, limit, num_fewshot, seed)
+
+
+def _find(tasks: Sequence[str], manager: Any) -> list[str]:
+    """Return the names of the tasks that the names and patterns mean."""
+    for name in tasks:
+        if not manager.match_tasks([name]):
+            raise ConfigError(
+                f"lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}; "
+                "include_path names a folder with others"
+            )
+    return manager.match_tasks(list(tasks))
 
 
 @lru_cache(maxsize=2)
