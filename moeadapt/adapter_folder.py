@@ -12,8 +12,8 @@ NAMES = {"LORA": "LoRA", "MOEADAPT": "moeadapt"}
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def read_settings(folder: str | Path, peft_type: str) -> dict[str, Any]:
-    """Return the settings of the adapter of `peft_type`, a key of `NAMES`, in `folder`.
+def read_settings(folder: str | Path, *peft_types: str) -> dict[str, Any]:
+    """Return the settings of the adapter in `folder`, of one of `peft_types`, keys of `NAMES`.
 
     Raises:
         ConfigError: a file is missing or damaged, or it is an adapter of another type.
@@ -30,6 +30,7 @@ def read_settings(folder: str | Path, peft_type: str) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{folder / SETTINGS} is damaged: {error}") from None
     found = settings.get("peft_type") if isinstance(settings, dict) else None
-    if found != peft_type:
-        raise ConfigError(f"{folder} is no {NAMES[peft_type]} adapter: peft_type is {found!r}")
+    if found not in peft_types:
+        allowed = " or ".join(NAMES[one] for one in peft_types)
+        raise ConfigError(f"{folder} is no {allowed} adapter: peft_type is {found!r}")
     return settings

@@ -1,4 +1,4 @@
-"""The errors a user can cause, one root for all of them.
+"""The errors a user can cause, one root for all of them; and the warning about routing.
 
 Each class also inherits the builtin it refines, so code that catches `ValueError` or
 `NotImplementedError` keeps working. Add a class only when a caller would want to handle it
@@ -32,6 +32,10 @@ class AssetError(MoeAdaptError, OSError):
 
 class ExportError(MoeAdaptError, ValueError):
     """A written checkpoint would not be what was asked for: tensors lack, or answers differ."""
+
+
+class RoutingWarning(UserWarning):
+    """Training goes on, but the routers do not do what a mixture is for; says what to do."""
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:

@@ -83,7 +83,7 @@ def test_every_error_has_one_root_and_a_builtin():
         c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__
     ]
     for cls in classes:
-        assert issubclass(cls, errors.MoeAdaptError)
+        assert issubclass(cls, errors.MoeAdaptError) or issubclass(cls, UserWarning)
     assert issubclass(errors.ConfigError, ValueError)
     assert issubclass(errors.UnsupportedError, NotImplementedError)
 

@@ -4,6 +4,7 @@ import typer
 
 from moeadapt.cli import (
     demo,
+    evaluate,
     export,
     merge,
     methods,
@@ -24,7 +25,11 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for verb in (demo, train, validate, plan, methods, merge, split, upcycle, export, report):
+_VERBS = (
+    *(demo, train, validate, plan, methods, evaluate, report),
+    *(merge, split, upcycle, export),
+)
+for verb in _VERBS:
     verb.add_to(app)
 
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from moeadapt.demo.arms import BATCH, batch_of
+from moeadapt.tuner.probe import evaluating, row_losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +38,13 @@ def answer_nll(
     model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]]
 ) -> list[float]:
     """Return the mean negative log likelihood of each row's answer, in nats per token."""
-    model.eval()
     result: list[float] = []
-    for start in range(0, len(rows), BATCH):
-        batch = batch_of(tokenizer, rows[start : start + BATCH], model.device)
-        labels = batch.pop("labels")[:, 1:]
-        with torch.no_grad():
-            logits = model(**batch).logits[:, :-1].float()
-        losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
-        result += (losses.sum(1) / (labels != -100).sum(1)).tolist()  # noqa: PLR2004
+    with evaluating(model):
+        for start in range(0, len(rows), BATCH):
+            batch = batch_of(tokenizer, rows[start : start + BATCH], model.device)
+            labels = batch.pop("labels")
+            losses, counts = row_losses(model(**batch).logits, labels)
+            result += [loss / count for loss, count in zip(losses, counts, strict=True)]
     return result
 
 

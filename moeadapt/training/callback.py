@@ -25,12 +25,15 @@ class MoeAdaptCallback(TrainerCallback):
     3. In each optimizer step, after the trainer's own clipping: see `router_step`.
     4. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
     5. At each log of the loss: `moe/` metrics beside it (see `router_metrics`). Reporters read the
-       logs in the order of the callbacks, so this one moves itself to the front.
+       logs in the order of the callbacks, so this one moves itself to the front. Routers that go
+       wrong cause a `RoutingWarning`, each symptom once (see `RouterHealth`).
+    6. After each evaluation, with `compare_uniform`: see `compare_with_uniform`.
 
     Raises:
         ConfigError: an option is out of range, see `RouterOptions`; at the start of training, the
             model has no mixture of LoRA experts.
-        TrainingError: at the start of training, see `check_setup`, `restore_routers` and `Session`.
+        TrainingError: at the start of training, see `check_setup`, `restore_routers` and `Session`;
+            after an evaluation, see `compare_with_uniform`.
 
     Example:
         >>> trl.SFTTrainer(model, peft_config=MoeLoraConfig(), callbacks=[MoeAdaptCallback()])
@@ -42,6 +45,7 @@ class MoeAdaptCallback(TrainerCallback):
         router_learning_rate: float | None = None,
         router_weight_decay: float | None = None,
         router_max_grad_norm: float | None = None,
+        compare_uniform: bool = False,
     ) -> None:
         """Set what is different for routers.
 
@@ -51,7 +55,10 @@ class MoeAdaptCallback(TrainerCallback):
             router_weight_decay: weight decay of the routers; None: the common one.
             router_max_grad_norm: largest norm of the gradients of all routers together; None: not
                 clipped on their own.
+            compare_uniform: after each evaluation, compute up to 8 of its batches twice more, and
+                warn once if learned routing is no better than all experts in equal shares.
         """
+        self._compare_uniform = compare_uniform
         self._options = RouterOptions(
             learning_rate=router_learning_rate,
             weight_decay=router_weight_decay,
@@ -87,7 +94,9 @@ class MoeAdaptCallback(TrainerCallback):
         """Check, and start counting."""
         assert model is not None
         check_setup(model, args.n_gpu)
-        self._session = Session(model, args.device, optimizer, self._options)
+        self._session = Session(
+            model, args.device, optimizer, self._options, compare_uniform=self._compare_uniform
+        )
         restore_routers(model, wrapped=True)
         self._resuming = True
         _move_to_front(self)
@@ -157,6 +166,18 @@ class MoeAdaptCallback(TrainerCallback):
         logs.update(metrics)
         if state.log_history and state.log_history[-1].get("step") == state.global_step:
             state.log_history[-1].update(metrics)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Compare learned routing with equal shares, if asked to."""
+        if self._session is not None:
+            self._session.after_evaluation(eval_dataloader or ())
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -23,11 +23,13 @@ class MoETrainerMixin(_Trainer):
        losses, exact for every micro-batch, the last, shorter accumulation of an epoch included.
     3. In each optimizer step, after the trainer's own clipping: see `router_step`.
     4. After each optimizer step: selection biases, adaptive coefficients and the set of experts.
-    5. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`.
+    5. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`. Routers
+       that go wrong cause a `RoutingWarning`, each symptom once (see `RouterHealth`).
+    6. After each evaluation while training, with `compare_uniform`: see `compare_with_uniform`.
 
     Raises:
         ConfigError: the model has no mixture of LoRA experts; in `train`, see `RouterOptions`.
-        TrainingError: in `train`, see `check_setup` and `Session`.
+        TrainingError: in `train`, see `check_setup`, `Session` and `compare_with_uniform`.
 
     Example:
         >>> class MoESFTTrainer(MoETrainerMixin, trl.SFTTrainer): ...
@@ -42,6 +44,7 @@ class MoETrainerMixin(_Trainer):
         router_learning_rate: float | None = None,
         router_weight_decay: float | None = None,
         router_max_grad_norm: float | None = None,
+        compare_uniform: bool = False,
         **kwargs: Any,
     ) -> None:
         """Pass everything on to the trainer.
@@ -52,9 +55,13 @@ class MoETrainerMixin(_Trainer):
             router_weight_decay: weight decay of the routers; None: the common one.
             router_max_grad_norm: largest norm of the gradients of all routers together; None: not
                 clipped on their own.
+            compare_uniform: after each evaluation while training, compute up to 8 of its batches
+                twice more, and warn once if learned routing is no better than all experts in equal
+                shares.
             kwargs: the trainer's own.
         """
         self._session: Session | None = None
+        self._compare_uniform = compare_uniform
         self._router_options = {
             "learning_rate": router_learning_rate,
             "weight_decay": router_weight_decay,
@@ -62,7 +69,7 @@ class MoETrainerMixin(_Trainer):
         }
         super().__init__(*args, **kwargs)
         require_adapter(self.model)
-        self.add_callback(_AfterStep(self))
+        self.add_callback(_Events(self))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """See `transformers.Trainer.train`."""
@@ -97,7 +104,13 @@ class MoETrainerMixin(_Trainer):
             # Rate and decay already have groups of their own.
             options = RouterOptions(max_grad_norm=self._router_options["max_grad_norm"])
             optimizer: Any = self.optimizer
-            self._session = Session(model, self.args.device, optimizer, options)
+            self._session = Session(
+                model,
+                self.args.device,
+                optimizer,
+                options,
+                compare_uniform=self._compare_uniform,
+            )
         self._session.start_step(self.state.global_step)
         steps = getattr(
             self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
@@ -110,6 +123,11 @@ class MoETrainerMixin(_Trainer):
         if self._session is not None:
             self._session.after_step()
 
+    def after_evaluation(self, batches: Any) -> None:
+        """Follow an evaluation of the trainer."""
+        if self._session is not None:
+            self._session.after_evaluation(batches)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """See `transformers.Trainer.log`; all processes call it, as the trainer does."""
         if self._session is not None and "loss" in logs:
@@ -117,8 +135,8 @@ class MoETrainerMixin(_Trainer):
         super().log(logs, *args, **kwargs)
 
 
-class _AfterStep(TrainerCallback):
-    """Tells a trainer of the one event it has no method for."""
+class _Events(TrainerCallback):
+    """Tells a trainer of the events it has no method for."""
 
     def __init__(self, trainer: MoETrainerMixin) -> None:
         self._trainer = trainer
@@ -126,3 +144,7 @@ class _AfterStep(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """See `TrainerCallback.on_optimizer_step`."""
         self._trainer.after_optimizer_step()
+
+    def on_evaluate(self, *args: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
+        """See `TrainerCallback.on_evaluate`."""
+        self._trainer.after_evaluation(eval_dataloader or ())

@@ -46,6 +46,8 @@ class RunArguments:
         router_weight_decay: weight decay of the routers, >= 0; none: `weight_decay`.
         router_max_grad_norm: largest norm of the gradients of all routers together, > 0, after
             `max_grad_norm` has been applied to all gradients; none: not clipped on their own.
+        compare_uniform: after each evaluation, warn if learned routing is no better than all
+            experts in equal shares; needs `eval_strategy`.
     """
 
     model_name_or_path: str = field(metadata={"help": "Base model."})
@@ -63,6 +65,7 @@ class RunArguments:
     router_learning_rate: float | None = None
     router_weight_decay: float | None = None
     router_max_grad_norm: float | None = None
+    compare_uniform: bool = False
 
     @property
     def router_options(self) -> RouterOptions:
@@ -98,9 +101,11 @@ class Recipe:
         return isinstance(self.adapter, MoeLoraConfig)
 
     @property
-    def router_keywords(self) -> dict[str, float | None]:
+    def router_keywords(self) -> dict[str, Any]:
         """What our trainers take for the routers; nothing for TRL's own."""
-        return self.run.router_options.keywords() if self.is_mixture else {}
+        if not self.is_mixture:
+            return {}
+        return {**self.run.router_options.keywords(), "compare_uniform": self.run.compare_uniform}
 
     @property
     def evaluates(self) -> bool:
@@ -147,6 +152,8 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         raise ConfigError(
             f"{source}: router_* settings, but a plain LoRA has no routers of its own"
         )
+    if run.compare_uniform:
+        _check_comparison(goal, adapter, trainer_args, source)
     if goal.data == "prompt":
         get_reward(run.reward)
     return Recipe(
@@ -156,6 +163,13 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         adapter=adapter,
         source=source,
     )
+
+
+def _check_comparison(goal: Objective, adapter: PeftConfig, args: Any, source: str) -> None:
+    if isinstance(adapter, LoraConfig) or goal.name != "sft":
+        raise ConfigError(f"{source}: compare_uniform is for mixtures trained by sft")
+    if args.eval_strategy == "no":
+        raise ConfigError(f"{source}: compare_uniform acts after evaluations; set eval_strategy")
 
 
 def parse_script(objective: str, argv: Sequence[str]) -> Recipe:

@@ -1,18 +1,21 @@
 """What a trainer does to a model with routers, shared by the mixin and the callback."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, reduce
 from torch import Tensor, nn
+from transformers.modeling_utils import unwrap_model
 
 from moeadapt.errors import ConfigError, TrainingError
 from moeadapt.routers import Router
+from moeadapt.training.health import RouterHealth
 from moeadapt.training.metrics import router_metrics, schedule_metrics
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.router_step import RouterStep, attach_optimizer
+from moeadapt.training.uniform_check import compare_with_uniform
 from moeadapt.tuner.context import RoutingContext, find_context
 from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.inspect import (
@@ -40,15 +43,27 @@ class Session:
         device: torch.device,
         optimizer: torch.optim.Optimizer,
         options: RouterOptions,
+        *,
+        compare_uniform: bool = False,
     ) -> None:
         """Make the counters, forget what was counted before, and attach to the optimizer.
+
+        Args:
+            model: the model.
+            device: where it computes.
+            optimizer: the trainer's.
+            options: what is different for routers.
+            compare_uniform: see `after_evaluation`.
 
         Raises:
             ConfigError: the model has no mixture of LoRA experts.
             TrainingError: routers cannot be treated separately in this setup.
         """
         self.model = model
+        self._device = device
         self._step = 0
+        self._health = RouterHealth()
+        self._compare_uniform = compare_uniform
         self.context = require_adapter(model)
         prepare_stats(model, device)
         pop_router_stats(model)
@@ -85,9 +100,13 @@ class Session:
         self.context.set_scale(amp_scale / max(accumulation_steps, 1))
 
     def metrics(self) -> dict[str, float]:
-        """Return `router_metrics` since the last call, over all processes; each must call it."""
+        """Return `router_metrics` since the last call, over all processes; each must call it.
+
+        Warns of routers that go wrong, see `RouterHealth`.
+        """
         stats = pop_router_stats(self.model, reduce=_sum_over_processes)
         heads = heads_of(self.model)
+        self._health.observe(stats, heads)
         routers = {name: head.router for name, head in heads.items()}
         metrics = router_metrics(stats, balance_of(self.model), routers)
         return metrics | schedule_metrics([heads[name] for name in stats])
@@ -95,6 +114,18 @@ class Session:
     def after_step(self) -> None:
         """Run what follows an optimizer step, over all processes; each must call it."""
         after_optimizer_step(self.model, _sum_over_processes, step=self._step)
+
+    def after_evaluation(self, batches: Iterable[Any]) -> None:
+        """Compare learned routing with equal shares, if asked to; warns once in a run.
+
+        Every process must call it, with the batches of its evaluation.
+
+        Raises:
+            TrainingError: see `compare_with_uniform`.
+        """
+        if self._compare_uniform:
+            model = unwrap_model(self.model)
+            self._compare_uniform = compare_with_uniform(model, batches, self._device)
 
     def end(self) -> None:
         """Withdraw scale, schedule and hooks, so that another training loop is noticed again."""

@@ -164,7 +164,7 @@ def measure_loss(model: nn.Module, batches: Iterable[Batch]) -> Loss | None:
             logits = call(model, batch)
             if logits.dim() != 3:  # noqa: PLR2004
                 return None
-            loss, count = _per_row(logits, batch.labels.to(logits.device))
+            loss, count = row_losses(logits, batch.labels.to(logits.device))
             total, tokens = total + sum(loss), tokens + sum(count)
             for name, one, n in zip(batch.domains or (), loss, count, strict=False):
                 sums[name], counts[name] = sums.get(name, 0.0) + one, counts.get(name, 0) + n
@@ -175,7 +175,8 @@ def measure_loss(model: nn.Module, batches: Iterable[Batch]) -> Loss | None:
     )
 
 
-def _per_row(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
+def row_losses(logits: Tensor, labels: Tensor) -> tuple[list[float], list[int]]:
+    """Return each row's summed loss, in nats, and how many tokens it is the sum of."""
     told = labels[:, 1:]
     said = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
     loss = F.cross_entropy(said.transpose(1, 2), told, ignore_index=IGNORED, reduction="none")

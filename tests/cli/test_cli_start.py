@@ -73,7 +73,8 @@ def test_plan_prints_json_for_a_local_model(tmp_path):
     assert numbers["active"] < numbers["trainable"]
 
 
-VERBS = ["train", "validate", "plan", "demo", "methods", "merge", "split", "report"]
+VERBS = ["train", "validate", "plan", "demo", "methods", "merge", "split"]
+VERBS += ["report", "eval", "export", "upcycle"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -37,7 +37,7 @@ def count_shared(monkeypatch) -> list[int]:
 
 def alone(monkeypatch) -> None:
     """Make every linear read for itself."""
-    monkeypatch.setattr(BlockRouting, "_project", lambda self, x: {})
+    monkeypatch.setattr(BlockRouting, "_project", lambda self, x, banks: {})
 
 
 @pytest.mark.parametrize("name", MODELS)
