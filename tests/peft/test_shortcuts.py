@@ -23,7 +23,6 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
 def test_a_second_thread_is_refused_and_the_first_one_is_right(kind):
     """The routing of a running block belongs to the model."""
     model, inputs = adapted("llama", kind).eval(), batch()
-    alone = logits(model, inputs)
     inside, done, found = threading.Event(), threading.Event(), []
 
     def wait(*_):
@@ -33,6 +32,7 @@ def test_a_second_thread_is_refused_and_the_first_one_is_right(kind):
 
     # In the middle of the first FFN.
     layers_of(model)[0].mlp.act_fn.register_forward_hook(wait)
+    alone = logits(model, inputs)
     thread = threading.Thread(target=lambda: found.append(logits(model, inputs)))
     thread.start()
     assert inside.wait(60)
