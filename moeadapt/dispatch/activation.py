@@ -20,8 +20,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from moeadapt import kernels
-from moeadapt.dispatch.slot_rows import ALWAYS, Columns, MaskedRows, SlotRows, SortedRows
+from moeadapt.dispatch.slot_rows import Columns, MaskedRows, SlotRows, SortedRows
 from moeadapt.kernels.mix_activation import mix_activation as mix_activation_kernel
+from moeadapt.kernels.reference import owned
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -96,7 +97,7 @@ def mix_activation(
         rows=rows or rows_for(ids.device),
     )
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in tensors):
-        return _forward(plan, *tensors)
+        return _forward(plan, tensors)
     return _MixActivation.apply(plan, *tensors)
 
 
@@ -108,19 +109,15 @@ def mix_activation_reference(
     activation: Activation,
 ) -> tuple[Float[Tensor, "T F"], Float[Tensor, "T Q"]]:
     """Define `mix_activation`: one slot after the other, everything kept."""
-
-    def own(ids: Tensor, columns: Columns) -> Tensor:
-        return (ids.unsqueeze(-1) == columns.owner) | (columns.owner == ALWAYS)
-
     mixed, hidden = torch.zeros_like(base[0]), base[0].new_zeros(())
     for ids, weight in zip(*slots, strict=True):
         gate, up = (
-            onto + (part.hidden * own(ids, part.columns)) @ part.matrix.T
+            onto + (part.hidden * owned(part.columns.owner, ids)) @ part.matrix.T
             for onto, part in zip(base, experts, strict=True)
         )
         each = weight.unsqueeze(-1).to(gate.dtype) * activation(gate) * up
         mixed = mixed + each
-        hidden = hidden + (each @ down.matrix.T) * own(ids, down.columns)
+        hidden = hidden + (each @ down.matrix.T) * owned(down.columns.owner, ids)
     return mixed, hidden
 
 
@@ -174,25 +171,16 @@ class _MixActivation(torch.autograd.Function):
     def forward(ctx: Any, plan: _Plan, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*tensors)
         ctx.plan = plan
-        return _forward(plan, *tensors)
+        return _forward(plan, tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *_backward(ctx.plan, grads, *ctx.saved_tensors))
+        return (None, *_backward(ctx.plan, grads, ctx.saved_tensors))
 
 
-def _forward(
-    plan: _Plan,
-    gate0: Tensor,
-    up0: Tensor,
-    gate_h: Tensor,
-    up_h: Tensor,
-    gate_b: Tensor,
-    up_b: Tensor,
-    down_a: Tensor,
-    weights: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _forward(plan: _Plan, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    gate0, up0, gate_h, up_h, gate_b, up_b, down_a, weights = tensors
     of_gate, of_up, of_down = plan.columns
     mixed = torch.empty_like(gate0)
     hidden = gate0.new_zeros(gate0.shape[0], down_a.shape[0])
@@ -214,17 +202,9 @@ def _forward(
 
 
 def _backward(
-    plan: _Plan,
-    grads: tuple[Tensor, ...],
-    gate0: Tensor,
-    up0: Tensor,
-    gate_h: Tensor,
-    up_h: Tensor,
-    gate_b: Tensor,
-    up_b: Tensor,
-    down_a: Tensor,
-    weights: Tensor,
+    plan: _Plan, grads: tuple[Tensor, ...], tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
+    gate0, up0, gate_h, up_h, gate_b, up_b, down_a, weights = tensors
     of_gate, of_up, of_down = plan.columns
     d_mixed, d_hidden = grads
     d_gate0, d_up0, d_weights = (torch.empty_like(t) for t in (gate0, up0, weights))

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moeadapt.kernels.reference import SHARED, owned
+
 
 class SlotRows(Protocol):
     """What the mixing of activations asks for; every result is in an order of its own."""
@@ -58,7 +60,7 @@ class Columns:
     """Which expert each rank of a rank axis belongs to.
 
     Attributes:
-        owner: expert of each rank, on the device; `ALWAYS` for shared experts.
+        owner: expert of each rank, on the device; `SHARED` for shared experts.
         spans: where the ranks of each routed expert lie.
         always: where those of all shared experts lie.
     """
@@ -69,11 +71,7 @@ class Columns:
         self.spans = [slice(a, b) for a, b in pairwise(ends)]
         self.always = slice(ends[-1], ends[-1] + shared)
         owners = [e for e, rank in enumerate(routed) for _ in range(rank)]
-        self.owner = torch.tensor(owners + [ALWAYS] * shared, device=device)
-
-
-ALWAYS = -2
-"""Owner of the ranks of a shared expert."""
+        self.owner = torch.tensor(owners + [SHARED] * shared, device=device)
 
 
 class MaskedRows:
@@ -84,9 +82,8 @@ class MaskedRows:
         self._ids, self._own = ids, own
 
     def _only(self, hidden: Tensor, columns: Columns) -> Tensor:
-        mask = (self._ids.unsqueeze(-1) == columns.owner) | (columns.owner == ALWAYS)
         # Not a product: what other experts hold may be infinite.
-        return torch.where(mask, hidden, hidden.new_zeros(()))
+        return torch.where(owned(columns.owner, self._ids), hidden, hidden.new_zeros(()))
 
     def take(self, values: Tensor) -> Tensor:
         """See `SlotRows.take`."""

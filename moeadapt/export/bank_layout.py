@@ -16,7 +16,8 @@ from moeadapt.experts.lora import LoraBank
 from moeadapt.experts.shared_a import SharedABank
 from moeadapt.experts.shared_b import SharedBBank
 from moeadapt.export.low_rank import stack
-from moeadapt.tuner.layer import PREFIX, MoeLoraLinear
+from moeadapt.tuner.adapter_layer import PREFIX
+from moeadapt.tuner.layer import MoeLoraLinear
 from moeadapt.tuner.plain import Pair
 from moeadapt.tuner.segments import START_NAMES
 

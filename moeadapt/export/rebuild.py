@@ -17,8 +17,9 @@ from moeadapt.experts import EXPERTS, ExpertBank
 from moeadapt.export.bank_layout import EXPERT_AXES, columns, expert_pair, is_unrouted
 from moeadapt.export.low_rank import stack, truncate
 from moeadapt.routers import ROUTERS, Router
+from moeadapt.tuner.adapter_layer import PREFIX
 from moeadapt.tuner.config import MoeLoraConfig
-from moeadapt.tuner.layer import PREFIX, MoeLoraLinear
+from moeadapt.tuner.layer import MoeLoraLinear
 from moeadapt.tuner.plain import adapter_layers, shared_base
 
 Sources = Sequence[tuple[int, float]]

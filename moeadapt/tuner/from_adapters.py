@@ -10,7 +10,8 @@ from torch import nn
 from moeadapt.errors import ConfigError
 from moeadapt.experts import ExpertBank
 from moeadapt.experts.lora import LoraBank
-from moeadapt.tuner.layer import PREFIX, MoeLoraLinear
+from moeadapt.tuner.adapter_layer import PREFIX
+from moeadapt.tuner.layer import MoeLoraLinear
 from moeadapt.tuner.plain import adapter_layers
 from moeadapt.tuner.plain_reader import ScaledPair, read_plain
 from moeadapt.tuner.segments import START_NAMES

@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -13,6 +12,7 @@ from moeadapt.experts import FACTOR_NAMES, BankSize, ExpertBank
 from moeadapt.experts.base import Init
 from moeadapt.experts.glu import GluBank
 from moeadapt.routers import LinearRouter
+from moeadapt.tuner.adapter_layer import PREFIX, AdapterLayer
 from moeadapt.tuner.block import Block
 from moeadapt.tuner.block_routing import BlockRouting
 from moeadapt.tuner.config import MoeLoraConfig
@@ -23,17 +23,6 @@ from moeadapt.tuner.plan import TargetPlan, experts_of, in_out_features
 from moeadapt.tuner.segments import START_NAMES, make_start, start_from_segments, subtract_start
 from moeadapt.tuner.sizes import router_config
 
-PREFIX = "moeadapt_"
-"""Starts the name of every adapter tensor; the lower-cased `peft_type` and an underscore."""
-
-MERGE_MENU = (
-    "the mixture depends on the input, so no single weight equals it. Instead: keep the adapter "
-    "and load it with PeftModel.from_pretrained; switch it off with model.disable_adapter(); get "
-    "the base model back with model.unload(); or, where one merged weight is needed, make a plain "
-    "LoRA with moeadapt.merge (least_squares, usage, uniform or single), which measures what it "
-    "keeps, with moeadapt.distill, or one LoRA per expert with moeadapt.split"
-)
-
 INITS: dict[Any, Init] = {
     True: "zero_b",
     False: "random",
@@ -43,7 +32,7 @@ INITS: dict[Any, Init] = {
 }
 
 
-class MoeLoraLinear(nn.Module, BaseTunerLayer):
+class MoeLoraLinear(nn.Module, AdapterLayer):
     """One class for every base linear: `nn.Linear`, `Conv1D`, and the quantised ones.
 
     Adapter tensors are leaves: `moeadapt_<factor>.<adapter>.weight`, and the router's own on
@@ -274,50 +263,6 @@ class MoeLoraLinear(nn.Module, BaseTunerLayer):
 
     def _drops(self, name: str) -> bool:
         return name in self.moe_dropout and self.training
-
-    # --- what PEFT asks of a layer
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """See `BaseTunerLayer.set_adapter`; what is frozen stays frozen."""
-        super().set_adapter(adapter_names, inference_mode)
-        self._refreeze()
-
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """See `BaseTunerLayer.set_requires_grad`; what is frozen stays frozen."""
-        super().set_requires_grad(adapter_names, requires_grad)
-        self._refreeze()
-
-    def _refreeze(self) -> None:
-        for router in self._routers().values():
-            if router.frozen:
-                router.requires_grad_(False)
-        for name in START_NAMES:
-            getattr(self, PREFIX + name).requires_grad_(False)
-        for bank in self.moe_banks.values():
-            for name in bank.frozen:
-                bank.factor(name).requires_grad_(False)
-
-    def _routers(self) -> nn.ModuleDict:
-        return getattr(self, PREFIX + "router")
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """See `BaseTunerLayer.delete_adapter`; the block and the context forget it too."""
-        block = self.moe_blocks.get(adapter_name)
-        if block is not None:
-            block.forget(adapter_name)
-        self._context.heads.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Refuse.
-
-        Raises:
-            UnsupportedError: always, with what to do instead.
-        """
-        raise UnsupportedError(f"cannot merge: {MERGE_MENU}")
-
-    def unmerge(self) -> None:
-        """Do nothing: a mixture is never merged."""
 
     def __repr__(self) -> str:
         """Mark the class, since PEFT has a Linear of its own for every method."""

@@ -20,6 +20,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError, UnsupportedError
+from moeadapt.tuner.adapter_layer import MERGE_MENU, PREFIX
 from moeadapt.tuner.block import install_blocks, remove_blocks
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import (
@@ -27,7 +28,7 @@ from moeadapt.tuner.context import (
     detach_context,
     find_context,
 )
-from moeadapt.tuner.layer import MERGE_MENU, PREFIX, MoeLoraLinear
+from moeadapt.tuner.layer import MoeLoraLinear
 from moeadapt.tuner.plan import no_target_message, plan_targets
 from moeadapt.tuner.sizes import plan_sizes
 

@@ -22,11 +22,12 @@ from transformers.pytorch_utils import Conv1D
 
 from moeadapt.errors import ConfigError
 from moeadapt.hidden_folder import new_folder
+from moeadapt.tuner.adapter_layer import PREFIX
 from moeadapt.tuner.block import Block
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import detach_context, remove_hooks
 from moeadapt.tuner.inspect import require_context
-from moeadapt.tuner.layer import PREFIX, MoeLoraLinear
+from moeadapt.tuner.layer import MoeLoraLinear
 
 
 @dataclass(frozen=True, kw_only=True)
