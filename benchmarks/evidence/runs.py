@@ -5,12 +5,8 @@ Letters: B rows of a batch, S tokens of a row.
 
 import math
 import random
-import resource
-import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,11 +31,7 @@ class Run:
         validation: mean loss of the validation answers, nats per token.
         losses: test loss of each domain, nats per token.
         forgetting: rise of the loss of base text over the base model, nats per token.
-        parameters: trainable.
-        file_size: of the saved adapter, bytes.
-        step_seconds: median of a training step.
-        peak_memory: most memory the process ever held, bytes; of a GPU, what was allocated.
-        generated: tokens decoded per second, greedy, one sequence.
+        curve: loss of each training step.
     """
 
     arm: str
@@ -48,11 +40,6 @@ class Run:
     validation: float
     losses: dict[str, float]
     forgetting: float
-    parameters: int
-    file_size: int = 0
-    step_seconds: float = 0.0
-    peak_memory: int = 0
-    generated: float = 0.0
     curve: list[float] = field(default_factory=list)
 
     @property
@@ -84,8 +71,8 @@ def answer_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def fit(
     model: Any, arm: str, tokenizer: Any, rows: Sequence[Row], names: Sequence[str], sizes: Sizes,
     *, rate: float, steps: int, batch: int, seed: int,
-) -> tuple[list[float], float]:  # fmt: skip
-    """Train with AdamW, a linear warm-up and a cosine; return losses and median step seconds."""
+) -> list[float]:  # fmt: skip
+    """Train with AdamW, a linear warm-up and a cosine; return the losses."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=0.0)
     warm = max(steps // 10, 1)
@@ -93,10 +80,9 @@ def fit(
         optimizer,
         lambda step: min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
-    curve, seconds = [], []
+    curve = []
     model.train()
     for chosen in batches(rows, batch, steps, seed):
-        start = time.perf_counter()
         inputs = batch_of(tokenizer, chosen, model.device)
         domains = [names.index(row["domain"]) for row in chosen]
         with routed(arm, model, domains, inputs["input_ids"].shape[1], sizes):
@@ -109,8 +95,7 @@ def fit(
         schedule.step()
         optimizer.zero_grad()
         curve.append(float(loss.detach()))
-        seconds.append(time.perf_counter() - start)
-    return curve, sorted(seconds)[len(seconds) // 2]
+    return curve
 
 
 def score(
@@ -147,37 +132,6 @@ def base_text_loss(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:
         total += float(loss) * (ids.shape[1] - 1)
         tokens += ids.shape[1] - 1
     return total / tokens
-
-
-def tokens_per_second(model: Any, tokenizer: Any, prompt: str, tokens: int = 24) -> float:
-    """Return how fast it decodes greedily."""
-    model.eval()
-    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    mask = torch.ones_like(ids)
-    model.generate(input_ids=ids, attention_mask=mask, **{**settings, "min_new_tokens": 2})
-    start = time.perf_counter()
-    model.generate(input_ids=ids, attention_mask=mask, **settings)
-    return tokens / (time.perf_counter() - start)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return bytes: of a GPU what was allocated at most, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def adapter_bytes(model: Any) -> int:
-    """Return the size of the weights file."""
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
-
-
-def parameters(model: Any) -> int:
-    """Count the trainable numbers."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def start(arm: str, load: Any, sizes: Sizes, seed: int) -> Any:

@@ -8,7 +8,7 @@ import argparse
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.common import append_csv, where
-from benchmarks.evidence import domains, runs, sequential
+from benchmarks.evidence import cost, domains, runs, sequential
 from benchmarks.evidence.arms import ARMS, REDUCED, Sizes
 from benchmarks.evidence.base_text import base_text
 from moeadapt.embedded import resolve_model
@@ -55,20 +55,18 @@ class Preset:
 
 
 SMALL = Preset(
-    arms=REDUCED,
-    rates=(5e-4, 2e-3),
-    seeds=3,
-    steps=24,
-    batch=4,
-    train=80,
-    test=10,
-    texts=4,
-    longest=240,
-)
+    arms=REDUCED, rates=(5e-4, 2e-3), seeds=3, steps=16, batch=4, train=80, test=8, texts=3,
+    longest=200,
+)  # fmt: skip
 FULL = Preset(
     arms=tuple(ARMS), rates=(1e-4, 3e-4, 1e-3, 3e-3), seeds=3, steps=600, batch=32, train=8000,
     test=200, texts=60, longest=1000,
 )  # fmt: skip
+SEQUENTIAL = (
+    "lora_total", "lora_active", "mixture_block", "mixture_ffn", "frozen_random_router",
+)  # fmt: skip
+"""The arms that are trained on one domain after the other."""
+
 TOY = Preset(
     arms=("lora_total", "oracle_routing"), rates=(1e-3,), seeds=2, steps=2, batch=2, train=4,
     test=2, texts=1, longest=240,
@@ -102,44 +100,37 @@ class Bench:
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         return model.to(self.device)
 
-    def run(self, arm: str, rate: float, seed: int, last: bool) -> runs.Run:
-        """Train and score once; `last`: measure size, speed and forgetting too."""
+    def run(self, arm: str, rate: float, seed: int) -> runs.Run:
+        """Train and score once."""
         train, validation, test = self.rows[seed]
         model = runs.start(arm, self.load, self.sizes, seed)
-        curve, seconds = runs.fit(
+        curve = runs.fit(
             model, arm, self.tokenizer, train, self.names, self.sizes,
             rate=rate, steps=self.preset.steps, batch=self.preset.batch, seed=seed,
         )  # fmt: skip
         scored = partial(runs.score, model, arm, self.tokenizer)
         on_validation = scored(validation, self.names, self.sizes)
-        result = runs.Run(
+        # Base text has no domain, so an oracle cannot route it.
+        forgetting = float("nan")
+        if arm != "oracle_routing":
+            loss = runs.base_text_loss(model, self.tokenizer, self.texts)
+            forgetting = loss - self.base_loss
+        return runs.Run(
             arm=arm,
             rate=rate,
             seed=seed,
             validation=statistics.mean(on_validation.values()),
             losses=scored(test, self.names, self.sizes),
-            # Base text has no domain, so an oracle cannot route it.
-            forgetting=float("nan"),
-            parameters=runs.parameters(model),
-            step_seconds=seconds,
-            peak_memory=runs.peak_memory(torch.device(self.device)),
+            forgetting=forgetting,
             curve=curve,
         )
-        if last:
-            result.file_size = runs.adapter_bytes(model)
-            if arm != "oracle_routing":
-                loss = runs.base_text_loss(model, self.tokenizer, self.texts)
-                result.forgetting = loss - self.base_loss
-                prompt = test[0]["prompt"]
-                result.generated = runs.tokens_per_second(model, self.tokenizer, prompt)
-        return result
 
     def measure(self, arm: str) -> list[runs.Run]:
         """Sweep the rate with the first seed, then run the other seeds."""
-        swept = [self.run(arm, rate, 0, last=True) for rate in self.preset.rates]
+        swept = [self.run(arm, rate, 0) for rate in self.preset.rates]
         best = min(swept, key=lambda run: run.validation)
         others = range(1, self.preset.seeds)
-        return [best, *(self.run(arm, best.rate, seed, last=True) for seed in others)]
+        return [best, *(self.run(arm, best.rate, seed) for seed in others)]
 
     def sequence(self, arm: str, rate: float) -> list[sequential.Sequence2]:
         """Train on the first domain, then on the second, with each seed."""
@@ -159,7 +150,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def row_of(found: list[runs.Run], preset: Preset) -> dict[str, Any]:
+def row_of(found: list[runs.Run], preset: Preset, costs: cost.Cost) -> dict[str, Any]:
     """Return one arm in the columns of PEFT's method comparison, and ours behind them."""
     test, error = mean_and_error([run.test for run in found])
     forgotten = [run.forgetting for run in found if run.forgetting == run.forgetting]
@@ -170,12 +161,14 @@ def row_of(found: list[runs.Run], preset: Preset) -> dict[str, Any]:
         "peft_type": "LORA" if one.arm.startswith("lora") else "MOEADAPT",
         "test_nll": round(test, 4),
         "test_nll_se": round(error, 4),
-        "num_trainable_params": one.parameters,
-        "accelerator_memory_max": max(run.peak_memory for run in found),
-        "train_time_per_step": round(statistics.median(run.step_seconds for run in found), 3),
-        "file_size": one.file_size,
+        "num_trainable_params": costs.parameters,
+        "accelerator_memory_max": costs.peak_memory,
+        "train_time_per_step": round(costs.step_seconds, 3),
+        "train_time_ratio": round(costs.step_ratio, 3),
+        "file_size": costs.file_size,
         "forgetting": round(statistics.mean(forgotten), 4) if forgotten else "",
-        "decode_tokens_per_second": round(one.generated, 1) or "",
+        "decode_tokens_per_second": round(costs.generated, 1),
+        "decode_time_ratio": round(costs.decode_ratio, 3),
         "learning_rate": one.rate,
         "seeds": len(found),
         "steps": preset.steps,
@@ -205,23 +198,30 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--base", help=f"a folder, {BASE} if left out")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS))
+    parser.add_argument("--steps", type=int, help="of training, instead of the preset's")
     parser.add_argument("--no-sequence", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     preset = FULL if args.full else TOY if args.toy else SMALL
+    if args.steps:
+        preset = replace(preset, steps=args.steps)
     begin = time.perf_counter()
     bench = Bench(preset, args.device, args.base)
     place = where(args.device)
     base = " ".join(f"{name} {loss:.3f}" for name, loss in bench.base_losses.items())
     print(f"base model: {base}; base text {bench.base_loss:.3f}", flush=True)
-    for arm in args.arms or preset.arms:
+    arms = args.arms or preset.arms
+    compared = list(dict.fromkeys([cost.BASELINE, *arms]))
+    batch = bench.rows[0][0][: preset.batch]
+    costs = cost.measure(compared, bench.load, bench.tokenizer, batch, bench.sizes)
+    for arm in arms:
         found = bench.measure(arm)
-        row = row_of(found, preset)
+        row = row_of(found, preset, costs[arm])
         append_csv(args.results / "smollm2.csv", [{**row, **place}])
         text = f"{arm}: {row['test_nll']:.3f} ± {row['test_nll_se']:.3f} at {row['learning_rate']}"
-        if not args.no_sequence and arm != "oracle_routing":
+        if not args.no_sequence and arm in SEQUENTIAL:
             after = sequence_row(bench.sequence(arm, found[0].rate))
             append_csv(args.results / "smollm2_sequential.csv", [{**after, **place}])
             text += f"; interference {after['interference']:.3f} ± {after['interference_se']:.3f}"

@@ -1,0 +1,116 @@
+"""What each arm costs: parameters, bytes, and the time of a step and of decoding, in turns.
+
+All arms take turns in one process, so that a noisy machine slows them alike; see
+`benchmarks.speed.measure`.
+"""
+
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.evidence.arms import Sizes, attach
+from benchmarks.evidence.runs import Row, answer_losses
+from benchmarks.speed.measure import in_turns, peak_bytes
+from moeadapt.demo.arms import batch_of
+
+BASELINE = "lora_total"
+ROUNDS, DECODED = 5, 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one arm costs.
+
+    Attributes:
+        parameters: trainable.
+        file_size: of the saved weights, bytes.
+        step_seconds: median time of a forward and a backward.
+        step_ratio: the same over that of the baseline, median over the turns.
+        peak_memory: most bytes of tensors alive at once in a step, what existed before left out.
+        generated: tokens decoded per second, greedy, one sequence.
+        decode_ratio: time of a decoded token over that of the baseline.
+    """
+
+    parameters: int
+    file_size: int
+    step_seconds: float
+    step_ratio: float
+    peak_memory: int
+    generated: float
+    decode_ratio: float
+
+
+def measure(
+    arms: Sequence[str],
+    load: Callable[[], Any],
+    tokenizer: Any,
+    rows: list[Row],
+    sizes: Sizes,
+    rounds: int = ROUNDS,
+) -> dict[str, Cost]:
+    """Return the cost of each arm, the baseline among them.
+
+    Args:
+        arms: names; an oracle is no method, so its times are those of the arm it is made from.
+        load: returns a fresh base.
+        tokenizer: of the base.
+        rows: the batch of one step; the first prompt is decoded from.
+        sizes: of the mixtures.
+        rounds: turns.
+    """
+    models = {arm: attach(arm, load(), sizes, seed=0) for arm in arms}
+    device = next(iter(models.values())).device
+    inputs = batch_of(tokenizer, rows, device)
+    ids = tokenizer(rows[0]["prompt"], return_tensors="pt").input_ids.to(device)
+    steps = {arm: partial(_step, model, inputs) for arm, model in models.items()}
+    seconds = in_turns(steps, rounds, device.type)
+    peaks = {arm: peak_bytes(step) for arm, step in steps.items()}
+    decoding = in_turns(
+        {a: partial(_decode, m, ids) for a, m in models.items()}, rounds, device.type
+    )
+    return {
+        arm: Cost(
+            parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            file_size=_saved_bytes(model),
+            step_seconds=statistics.median(seconds[arm]),
+            step_ratio=_ratio(seconds[arm], seconds[BASELINE]),
+            peak_memory=peaks[arm],
+            generated=DECODED / statistics.median(decoding[arm]),
+            decode_ratio=_ratio(decoding[arm], decoding[BASELINE]),
+        )
+        for arm, model in models.items()
+    }
+
+
+def _ratio(own: list[float], other: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(own, other, strict=True))
+
+
+def _step(model: Any, inputs: dict[str, Any]) -> None:
+    model.train()
+    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    total, count = answer_losses(model(**given).logits, inputs["labels"])
+    (total.sum() / count.sum()).backward()
+    model.zero_grad()
+
+
+def _decode(model: Any, ids: torch.Tensor) -> None:
+    model.eval()
+    settings: dict[str, Any] = {
+        "max_new_tokens": DECODED,
+        "min_new_tokens": DECODED,
+        "do_sample": False,
+    }
+    model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+
+
+def _saved_bytes(model: Any) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
