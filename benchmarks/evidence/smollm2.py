@@ -56,7 +56,7 @@ class Preset:
 
 SMALL = Preset(
     arms=REDUCED, rates=(5e-4, 2e-3), seeds=3, steps=16, batch=4, train=80, test=8, texts=3,
-    longest=200,
+    longest=240,
 )  # fmt: skip
 FULL = Preset(
     arms=tuple(ARMS), rates=(1e-4, 3e-4, 1e-3, 3e-3), seeds=3, steps=600, batch=32, train=8000,
