@@ -18,16 +18,21 @@ class Generation:
     replaced or changed in place is cast anew. A change through `.data` between two steps of one
     answer cannot be seen: call `forget` after it. A plain object: it is copied with the model,
     without what it keeps.
+
+    Attributes:
+        answer: number of the answer that is being generated.
     """
 
     def __init__(self) -> None:
         """Keep nothing yet."""
         self._cache: weakref.ref[Any] | None = None
         self._kept: dict[Any, _Kept] = {}
+        self.answer = 0
+        self._decodes = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running generation."""
-        return {"_cache": None, "_kept": {}}
+        return {"_cache": None, "_kept": {}, "answer": 0, "_decodes": False}
 
     def enter(self, cache: Any, tokens: int = 1) -> None:
         """Start a forward.
@@ -36,7 +41,9 @@ class Generation:
             cache: the KV cache; None: there is none, so that nothing is kept.
             tokens: of each row; more than one are a prompt, which starts anew.
         """
-        if cache is not None and self._cache is not None and self._cache() is cache and tokens == 1:
+        same = cache is not None and self._cache is not None and self._cache() is cache
+        self._decodes = same and tokens == 1
+        if self._decodes:
             return
         self.forget()
         try:
@@ -47,6 +54,12 @@ class Generation:
     def forget(self) -> None:
         """Drop every copy."""
         self._kept.clear()
+        self.answer += 1
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the running forward adds a token to an answer."""
+        return self._decodes and self.keeps
 
     @property
     def keeps(self) -> bool:

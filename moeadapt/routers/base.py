@@ -104,6 +104,18 @@ class Router(nn.Module, ABC):
             tokens: what else is known about the tokens.
         """
 
+    @property
+    def decodes(self) -> bool:
+        """Whether `decode` gives the weights of `forward` in inference, as it is set up."""
+        return False
+
+    def decode(self, logits: Float[Tensor, "T W"]) -> Float[Tensor, "T E"]:
+        """Return the weights that follow from `hidden @ weight.T + bias`, in few operations.
+
+        For the few tokens of a decoding step, where each operation costs more than its numbers.
+        """
+        raise NotImplementedError
+
     def record(self, routing: Routing, hidden: Float[Tensor, "T D"]) -> Float[Tensor, " R"]:
         """Return sums over real tokens that `after_step` wants; counted once per backward."""
         return hidden.new_zeros(0)

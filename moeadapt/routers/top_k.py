@@ -121,6 +121,32 @@ class TopKRouter(LinearRouter):
         return self.routing(tokens, logits=logits_TW, probs=probs_TW, weights=weights_TW)
 
     @property
+    def decodes(self) -> bool:
+        """See `Router.decodes`."""
+        plain = not self.null_experts and not self.costs and self.selection_bias is None
+        own = type(self) is TopKRouter and self.config.norm == "none" and self.per == "token"
+        return plain and own
+
+    def decode(self, logits: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:
+        """See `Router.decode`."""
+        if self.temperature != 1.0:
+            logits = logits / self.temperature
+        normalized = self.config.resolved_normalize() != "none"
+        if not logits.is_cpu:
+            chosen_TE = select_top_k(logits, self.k)
+            if normalized:
+                return logits.masked_fill(~chosen_TE, -torch.inf).softmax(-1)
+            return logits.softmax(-1) * chosen_TE
+        # On a CPU the fewest operations; stable, so that the lower index comes first among equals.
+        scores_TE, order_TE = logits.sort(dim=-1, descending=True, stable=True)
+        chosen_TK = order_TE[:, : self.k]
+        if normalized:
+            weights_TK = scores_TE[:, : self.k].softmax(-1)
+        else:
+            weights_TK = logits.softmax(-1).gather(-1, chosen_TK)
+        return torch.zeros_like(logits).scatter_(-1, chosen_TK, weights_TK)
+
+    @property
     def _has_kernel(self) -> bool:
         """Whether the kernel of the gate knows these settings; compiled code fuses by itself."""
         plain = self.selection_bias is None and not self.null_experts

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from moeadapt.errors import UnsupportedError
+from moeadapt.experts.generation import Generation
 from moeadapt.tuner.block_routing import BlockRouting
 from moeadapt.tuner.context import RoutingContext, remove_hooks
+from moeadapt.tuner.decode_step import BlockStep
 from moeadapt.tuner.gated_ffn import GatedFfn
 
 if TYPE_CHECKING:
@@ -42,10 +44,13 @@ class Block:
         self._hidden_dims = 0
         self._open_slots = 0
         self._thread: dict[str, int] = {}
+        self._step: BlockStep | None = None
+        self._decoding = -1
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the routing of a running forward."""
-        return {**self.__dict__, "_routings": {}, "_open_slots": 0, "_thread": {}}
+        transient = {"_routings": {}, "_open_slots": 0, "_thread": {}, "_step": None}
+        return {**self.__dict__, **transient, "_decoding": -1}
 
     def install(self, model: nn.Module) -> None:
         """(Re)register the hooks on the modules that now sit at the planned paths."""
@@ -64,12 +69,22 @@ class Block:
         self._claim()
         hidden = _first_tensor(args, kwargs)
         self._hidden_dims = hidden.dim()
+        if self._step is not None and self._step.enter(hidden):
+            return
         for adapter, owner in self.owners.items():
             if owner.disable_adapters or adapter not in owner.active_adapters:
                 continue
             head = owner.moe_heads[adapter]
             readers = [x for x in self.layers[adapter] if x.moe_plans[adapter].reads_input]
             self._routings[adapter] = BlockRouting(adapter, head, head(hidden), hidden, readers)
+            self._prepare_decoding(adapter, head.context.generation)
+
+    def _prepare_decoding(self, adapter: str, generation: Generation) -> None:
+        """Look for a shorter way, once per answer: the next token may take it."""
+        if generation.decodes and self._decoding != generation.answer:
+            self._decoding = generation.answer
+            added = all(x.moe_plans[adapter].placement == "linear" for x in self.layers[adapter])
+            self._step = BlockStep(adapter, self) if added else None
 
     def leave(self, module: nn.Module, args: Any, output: Any = None) -> None:
         """Drop the routing; refuse an FFN whose slots were never added up."""
@@ -80,6 +95,8 @@ class Block:
             self._thread.clear()
         open_slots, self._open_slots = self._open_slots, 0
         self._routings.clear()
+        if self._step is not None:
+            self._step.leave()
         if open_slots and output is not None:
             raise UnsupportedError(
                 f"placement 'ffn': {self.plan.path} does not end in one of its target linears; "
@@ -105,6 +122,9 @@ class Block:
         Raises:
             UnsupportedError: the block is not running.
         """
+        step = self.running_step(adapter)
+        if step is not None and adapter not in self._routings:
+            self._routings[adapter] = step.routing()
         if adapter not in self._routings:
             raise UnsupportedError(
                 f"a target linear of {self.plan.path} was called outside the block's forward, so "
@@ -112,10 +132,21 @@ class Block:
             )
         return self._routings[adapter]
 
+    @property
+    def takes_short_way(self) -> bool:
+        """Whether the running forward is a decoding step of linears that add to their base."""
+        return self._step is not None and self._step.input is not None
+
+    def running_step(self, adapter: str) -> BlockStep | None:
+        """Return the short way of a decoding step, if the block takes it now."""
+        step = self._step if self.takes_short_way else None
+        return step if step is not None and step.adapter == adapter else None
+
     def forget(self, adapter: str) -> None:
         """Drop a deleted adapter."""
         self.owners.pop(adapter, None)
         self.layers.pop(adapter, None)
+        self._step = None
 
     def is_input(self, x: Tensor) -> bool:
         """Whether `x` is the block's input; otherwise it carries a leading axis of slots.

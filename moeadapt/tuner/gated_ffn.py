@@ -110,6 +110,8 @@ class GatedFfn:
 
     def _adapter(self, x: Tensor) -> str | None:
         """Return the adapter to run; None: the FFN's own forward has to."""
+        if self.block.takes_short_way:
+            return None  # its experts do not span the FFN
         if not (_is_gated(_code(type(self.module))) and _is_a_function(self.module.act_fn)):
             return None  # somebody has replaced a part, or looks into it
         layers = self._layers()

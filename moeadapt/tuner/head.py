@@ -29,11 +29,11 @@ from moeadapt.tuner.decisions import decide_once
 class RouterHead:
     """What a layer calls to have its tokens routed.
 
-    A plain object: the router itself lives in the layer, in a `ModuleDict` entry per adapter, and
-    is looked up at each use, since wrappers may replace it.
+    The router itself lives in the layer and is looked up at each use: wrappers may replace it.
 
     Attributes:
         name: path of the layer or block it routes for.
+        context: what all routers of the model share.
         balance: the losses it attaches, by name.
         banks: the experts it routes to, those that see its hidden states first.
         expert_dropout: share of the weights set to zero in training, the others scaled up.
@@ -58,7 +58,7 @@ class RouterHead:
         self.balance = dict(balance)
         self._routers = routers
         self._adapter = adapter
-        self._context = context
+        self.context = context
         self.banks: list[ExpertBank] = []
         self.expert_dropout = 0.0
         self.schedule: ScheduleConfig | None = None
@@ -85,13 +85,13 @@ class RouterHead:
     @property
     def sums_to_one(self) -> bool:
         """Whether each token's weights sum to one."""
-        overridden = self._context.override is not None
+        overridden = self.context.override is not None
         return self.router.sums_to_one and not self.expert_dropout and not overridden
 
     @property
     def max_active(self) -> int:
         """Upper bound on the experts of one token."""
-        overridden = self._context.override is not None
+        overridden = self.context.override is not None
         return self.router.num_experts if overridden else self.router.max_active
 
     def __call__(self, hidden: Float[Tensor, "*T D"]) -> Float[Tensor, "T E"]:
@@ -104,7 +104,7 @@ class RouterHead:
         """
         router = self.router
         routing = self._route(router, hidden)
-        collected, override = self._context.collected, self._context.override
+        collected, override = self.context.collected, self.context.override
         if override is not None:
             routing = override(self.name, routing)
         if collected is not None and not torch.compiler.is_compiling():
@@ -118,7 +118,7 @@ class RouterHead:
         return self._attach(weights, routing, hidden)
 
     def _route(self, router: Router, hidden: Float[Tensor, "*T D"]) -> Routing:
-        frame = self._context.frame
+        frame = self.context.frame
         if not router.causal and frame is not None and frame.generates:
             raise UnsupportedError(
                 f"{type(router).__name__} cannot generate: it routes a token by the tokens that "
@@ -126,7 +126,7 @@ class RouterHead:
                 "to generate, train with a router that decides per token, such as top_k."
             )
         flat = hidden.reshape(-1, hidden.shape[-1])
-        tokens = self._context.tokens(hidden, router.all_needs())
+        tokens = self.context.tokens(hidden, router.all_needs())
         per_sequence = router.per == "sequence"
         if per_sequence and frame is not None and (frame.generates or not router.training):
             if not torch.compiler.is_compiling():
@@ -149,7 +149,7 @@ class RouterHead:
         for config, loss in zip(self.balance.values(), losses, strict=True):
             total = total + config.coefficient(mixture.router) * loss
         if total.requires_grad:
-            self._context.check_scale(hidden, self.router)
+            self.context.check_scale(hidden, self.router)
         sink = self.sink(weights.device)
         if sink is None:
             sink = packed = torch.zeros_like(total)
@@ -158,15 +158,15 @@ class RouterHead:
             if mixture.router.record_size:
                 record = mixture.router.record(routing, mixture.hidden)
                 packed = torch.cat([packed, record.float()])
-        share = len(self._context.heads[self._adapter])
+        share = len(self.context.heads[self._adapter])
         weights = aux_loss.attach(
             weights,
             total / share,
-            scale=self._context.scale(total.device),
+            scale=self.context.scale(total.device),
             stats=packed,
             sink=sink,
         )
-        self._context.watch_backward(weights)
+        self.context.watch_backward(weights)
         return weights
 
     def sink(self, device: torch.device) -> Tensor | None:

@@ -17,6 +17,7 @@ from moeadapt.tuner.block import Block
 from moeadapt.tuner.block_routing import BlockRouting
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import RoutingContext
+from moeadapt.tuner.decode_step import LinearStep
 from moeadapt.tuner.gated_ffn import GatedFfn
 from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.plan import TargetPlan, experts_of, in_out_features
@@ -56,6 +57,8 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
         self.moe_blocks: dict[str, Block] = {}
         self.moe_dropout = nn.ModuleDict()
         self._context = context
+        self.decode_step: LinearStep | None = None
+        self._decoding: tuple[int, torch.Size] | None = None
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -121,11 +124,17 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' mixtures."""
+        if self.decode_step is not None and not args and not kwargs:
+            out = self.decode_step(x)
+            if out is not None:
+                return out
         adapters = self.running_adapters()
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         if any(self.moe_plans[name].placement == "ffn" for name in adapters):
             return self._forward_ffn(x, adapters)
+        if len(adapters) == 1 and self._context.generation.decodes:
+            self._prepare_decoding(adapters[0], x)
         flat = self._tokens(x, adapters)
         out = self._base(flat, *args, **kwargs)
         for name in adapters:
@@ -133,21 +142,29 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
             out = self._dispatch(name, x, flat, out)
         return out.view(*x.shape[:-1], out.shape[-1])
 
+    def _prepare_decoding(self, adapter: str, x: Tensor) -> None:
+        """Look for a shorter way, once per answer and shape: the next token may take it."""
+        decoding = (self._context.generation.answer, x.shape)
+        if decoding != self._decoding:
+            self._decoding = decoding
+            self.decode_step = LinearStep.of(self, adapter, x)
+
     def running_adapters(self) -> list[str]:
         """Return the adapters that add to the base output now."""
         if self.disable_adapters:
             return []
         return [name for name in self.active_adapters if name in self.moe_banks]
 
-    def _flat(self, x: Tensor) -> Tensor:
+    def flat(self, x: Tensor) -> Tensor:
+        """Return the tokens of `x`, cast as autocast would."""
         return self._cast(x).reshape(-1, x.shape[-1])
 
     def _tokens(self, x: Tensor, adapters: list[str]) -> Tensor:
         """Return `_flat(x)`, cast once for all linears of a block that read its input."""
         block = self.moe_blocks.get(adapters[0])
         if block is None or self.quantization_backend is not None:
-            return self._flat(x)
-        return block.routing(adapters[0]).tokens(x, self._flat)
+            return self.flat(x)
+        return block.routing(adapters[0]).tokens(x, self.flat)
 
     def _dispatch(self, name: str, x: Tensor, flat: Tensor, out: Tensor) -> Tensor:
         plan, bank, inplace = self.moe_plans[name], self.moe_banks[name], self._owns(out)
@@ -206,7 +223,7 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
             self.moe_plans[name].placement == "ffn"
             and bank.owns_ranks
             and all(bank.factor(factor).is_whole for factor in bank.factor_names)
-            and not self._drops(name)
+            and not self.drops(name)
             and not (self._forward_hooks or self._forward_pre_hooks)
         )
 
@@ -217,7 +234,7 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
             name in self.running_adapters()
             and bank.reads_with is not None
             and bank.factor(bank.reads_with).is_whole
-            and not self._drops(name)
+            and not self.drops(name)
         )
         return bank if fits else None
 
@@ -225,7 +242,7 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
         """Return what the experts read: the block's input where they stand beside a whole FFN."""
         if self.moe_plans[name].placement != "glu":
             return flat
-        return self._flat(self.moe_blocks[name].routing(name).input)
+        return self.flat(self.moe_blocks[name].routing(name).input)
 
     def _base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = self.base_layer(x, *args, **kwargs)
@@ -235,10 +252,14 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
 
     def _less_start(self, name: str, x: Tensor, out: Tensor) -> Tensor:
         """Take off the base output what the experts of `svd_segments` started from."""
-        if name not in getattr(self, PREFIX + START_NAMES[0]):
+        if not self.has_start(name):
             return out
         start = {key: getattr(self, PREFIX + key)[name] for key in START_NAMES}
         return subtract_start(out, x, self.moe_banks[name].size, start)
+
+    def has_start(self, name: str) -> bool:
+        """Whether the experts of an adapter started from a part of the base weight."""
+        return name in getattr(self, PREFIX + START_NAMES[0])
 
     def _cast(self, x: Tensor) -> Tensor:
         """Cast once for the base and the experts what autocast would cast for each of them."""
@@ -261,7 +282,8 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
     def _drop(self, name: str, x: Tensor) -> Tensor:
         return self.moe_dropout[name](x) if name in self.moe_dropout else x
 
-    def _drops(self, name: str) -> bool:
+    def drops(self, name: str) -> bool:
+        """Whether dropout changes what the experts of an adapter read now."""
         return name in self.moe_dropout and self.training
 
     def __repr__(self) -> str:
