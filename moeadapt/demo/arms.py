@@ -132,6 +132,7 @@ def train_arm(
     trainer.train()
     model: Any = trainer.model
     model.save_pretrained(out / arm.folder)
+    trainer.save_state()  # the log, which a report draws
     return model
 
 

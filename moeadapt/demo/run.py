@@ -1,4 +1,4 @@
-"""Runs the demo: train, compare, save, load in a new process, generate, export."""
+"""Runs the demo: train, compare, save, load in a new process, generate, report, export."""
 
 import ctypes
 import json
@@ -34,9 +34,11 @@ from moeadapt.demo.arms import (
 )
 from moeadapt.demo.heldout import Mean, answer_nll, by_domain, verdict
 from moeadapt.demo.reload import PROBE
+from moeadapt.demo.routing import write_report
 from moeadapt.demo.stock import TARGET, export_stock, make_room
 from moeadapt.embedded import TASKS, load_task, mix, resolve_model
 from moeadapt.errors import MoeAdaptError
+from moeadapt.report.report import load_render
 
 BASE = "embedded:smollm2-135m"
 TRAINING_SECONDS = 420
@@ -60,7 +62,8 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     Raises:
         AssetError: the model or a task's package cannot be had.
         ReloadError: a saved adapter does not give the same logits in a new process.
-        ConfigError: the checkpoint at the end would have no room below `out`.
+        ConfigError: the checkpoint at the end would have no room below `out`, or what draws the
+            report is not installed.
         ExportError: the checkpoint is not the adapter.
     """
     _quiet()
@@ -69,6 +72,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     console = Console(quiet=as_json, width=None if sys.stdout.isatty() else 120)
     folder = Path(out)
     checkpoint = make_room(folder)
+    load_render()  # what lacks should be said before ten minutes of training
     base_path = resolve_model(BASE, progress=not as_json)
     tokenizer = AutoTokenizer.from_pretrained(base_path)
     console.print(f"base model {BASE}, tasks {', '.join(TASKS)}, {os.cpu_count()} cores")
@@ -97,6 +101,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     best = min((a for a in arms if a.is_mixture), key=lambda a: Mean.of(scores[a.name]).value)
     after = _generate(models[best.name], tokenizer, test)
     _show_answers(console, best.name, test, before, after)
+    results["report"] = write_report(console, best, models[best.name], tokenizer, test, folder)
     ffn = next(arm for arm in arms if getattr(arm.config, "placement", None) == "ffn")
     console.print(f"{ffn.name}: writing and checking a stock {TARGET} checkpoint")
     receipt = export_stock(models[ffn.name], checkpoint, tokenizer, _one_per_task(test))

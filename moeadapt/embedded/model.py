@@ -106,6 +106,14 @@ def resolve_model(name_or_path: str, *, progress: bool = True) -> str:
     return str(target)
 
 
+def name_of(path: str) -> str:
+    """Return the `embedded:` name of a built-in model's folder, and anything else as it is."""
+    for name, spec in MODELS.items():
+        if Path(path) == cache_folder() / spec.folder:
+            return name
+    return path
+
+
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in _COMPLETE)
 

@@ -1,7 +1,7 @@
 """`moeadapt.report`: measure a mixture on held-out texts and write what it does."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,14 +77,7 @@ def report(
     out = check_out(out)
     check_texts(texts)
     check_model(model, adapter)
-    try:
-        from moeadapt.report.render import render
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("moeadapt"):
-            raise
-        raise ConfigError(
-            f"a report needs {error.name}; install it with pip install 'moeadapt[report]'"
-        ) from error
+    render = load_render()
     data = collect(
         model,
         tokenizer,
@@ -101,6 +94,23 @@ def report(
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     return Report(data=data, files=tuple(render(data, out)))
+
+
+def load_render() -> Callable[[ReportData, Path], Iterable[Path]]:
+    """Return what draws a report.
+
+    Raises:
+        ConfigError: a package that it needs is not installed.
+    """
+    try:
+        from moeadapt.report.render import render
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("moeadapt"):
+            raise
+        raise ConfigError(
+            f"a report needs {error.name}; install it with pip install 'moeadapt[report]'"
+        ) from error
+    return render
 
 
 def check_out(out: str | Path) -> Path:

@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from moeadapt.balance import BALANCE
+from moeadapt.embedded import name_of
 from moeadapt.experts import EXPERTS
 from moeadapt.routers import ROUTERS
 from moeadapt.tuner.plain import adapter_config
@@ -18,7 +19,7 @@ def settings_of(model: PeftModel, adapter: str) -> dict[str, str]:
     """Return what an adapter was asked to be, one line each, in the order to show them."""
     config = adapter_config(model, adapter)
     asked: dict[str, Any] = {
-        "base": config.base_model_name_or_path or type(model.get_base_model()).__name__,
+        "base": name_of(config.base_model_name_or_path or type(model.get_base_model()).__name__),
         "placement": config.placement,
         "router": _component(config.router, ROUTERS),
         "router scope": config.router_scope,

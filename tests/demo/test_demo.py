@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +63,17 @@ def test_only_a_checkpoint_of_an_earlier_demo_is_replaced(tmp_path):
     (place / "export_receipt.json").write_text("{}")
     assert make_room(tmp_path) == place
     assert not place.exists()
+
+
+def test_the_routing_report_of_the_better_mixture_is_written(results):
+    mixtures = [arm.name for arm in make_arms() if arm.is_mixture]
+    best = min(mixtures, key=lambda name: results["arms"][name]["mean"]["value"])
+    page = Path(results["report"]["page"])
+    assert best in page.read_text()
+    assert page.stat().st_size == results["report"]["bytes"] < 2_000_000
+    data = json.loads(page.with_suffix(".json").read_text())
+    assert [point["step"] for point in data["training"]] == [1, 2]
+    assert set(results["report"]["verdicts"]) == {tile["name"] for tile in data["verdicts"]}
 
 
 def test_the_verdict_names_an_arm(results):
