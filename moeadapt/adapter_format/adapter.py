@@ -3,7 +3,6 @@
 import hashlib
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +86,7 @@ class AdapterFiles:
             )
         return (
             f"{self.folder / PICKLED}: is a pickled file, which is never opened here because "
-            "reading one can run code. Convert it where you trust it: `python -c \"import torch, "
+            'reading one can run code. Convert it where you trust it: `python -c "import torch, '
             "safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', "
             f"weights_only=True), '{WEIGHTS}')\"`"
         )

@@ -9,7 +9,7 @@ from moeadapt.errors import AdapterFileError
 
 
 def open_file(folder: Path, name: str) -> BinaryIO:
-    """Open `folder/name` for reading; what is checked is what is read, whatever happens to the path.
+    """Open `folder/name` for reading: what is checked then is what is read then.
 
     Raises:
         AdapterFileError: it is no regular file (a folder, a pipe, a device), a link that leaves the
@@ -27,7 +27,7 @@ def open_file(folder: Path, name: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise AdapterFileError(
-            f"{path}: is {_kind(target)}, not a file; copy the adapter again from where it was saved"
+            f"{path}: is {_kind(target)}, not a file; copy the adapter again from its source"
         )
     return os.fdopen(file, "rb")
 

@@ -29,7 +29,7 @@ TENSORS, SAMPLES = 8, 64
 """Weights looked at, and numbers of each."""
 
 TOLERANCE = 2**-6
-"""Largest relative difference of the same number in two types: two roundings to bfloat16, doubled."""
+"""Largest relative difference of the same number in two types: twice two roundings to bfloat16."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SKIPPED = ("moeadapt_", "lora_", ".modules_to_save.", "token_adapter", "original_module")
@@ -42,7 +42,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         >>> fingerprint(base)["config"]["hidden_size"]
         2048
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     fields = {name: getattr(text, name, None) for name in FIELDS}
     return {
@@ -106,7 +106,8 @@ def compare(saved: dict[str, Any], found: dict[str, Any], where: str) -> tuple[b
         if name in config and name in here and config[name] != here[name]:
             what = "hidden" if name == "hidden_size" else name
             raise AdapterFileError(
-                f"{where} was made for {what} {config[name]!r}, this base has {here[name]!r}. {_CURE}"
+                f"{where} was made for {what} {config[name]!r}, this base has {here[name]!r}. "
+                f"{_CURE}"
             )
     weights, same = _dict(saved.get("weights")), False
     if weights and found["weights"]:
@@ -142,7 +143,9 @@ def _compare_weights(saved: dict[str, Any], found: dict[str, Any], where: str) -
     for name, old in saved.items():
         new, old = found.get(name), _dict(old)
         if new is None:
-            raise AdapterFileError(f"{where}: its base has a weight {name!r}, this one not. {_CURE}")
+            raise AdapterFileError(
+                f"{where}: its base has a weight {name!r}, this one not. {_CURE}"
+            )
         if old.get("sha256") == new["sha256"]:
             continue
         same = False

@@ -143,7 +143,9 @@ def _info(name: str, entry: Any, path: Path) -> TensorInfo:
             f"{where}: shape {shape!r} must be at most {MAX_DIMENSIONS} integers >= 0"
         )
     if not _are_counts(places) or len(places) != 2 or places[0] > places[1]:  # noqa: PLR2004
-        raise AdapterFileError(f"{where}: data_offsets {places!r} must be [start, end], start <= end")
+        raise AdapterFileError(
+            f"{where}: data_offsets {places!r} must be [start, end], start <= end"
+        )
     info = TensorInfo(dtype=dtype, shape=tuple(shape), start=places[0], end=places[1])
     if info.size * ITEM_SIZES[dtype] != info.end - info.start:
         raise AdapterFileError(

@@ -1,4 +1,4 @@
-"""`moeadapt_manifest.json`: the version of the format, a sha256 per file, the base's fingerprint."""
+"""`moeadapt_manifest.json`: the version of the format, a sha256 per file, what the base is."""
 
 import hashlib
 import json
@@ -75,7 +75,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise AdapterFileError(f"{path}: is no object of fields; {_CURE}")
     version = manifest.get("format_version")
     if type(version) is not int or version < 1:
-        raise AdapterFileError(f"{path}: format_version={version!r} must be an integer >= 1; {_CURE}")
+        raise AdapterFileError(
+            f"{path}: format_version={version!r} must be an integer >= 1; {_CURE}"
+        )
     if version > FORMAT_VERSION:
         raise AdapterFileError(needs_newer(path, version, manifest.get("moeadapt_version")))
     files = manifest.get("files")

@@ -49,7 +49,7 @@ def check_tensors(
         allow_base_weights: let those through.
 
     Raises:
-        AdapterFileError: lists the first `SHOWN` tensors at fault, counts them, and says what to do.
+        AdapterFileError: lists the first `SHOWN` tensors at fault, counts them, says what to do.
     """
     extra = [name for name in found if name not in expected]
     of_base = [name for name in extra if name in base_names]
@@ -145,8 +145,8 @@ def _cause(found: tuple[int, ...], spec: TensorSpec) -> tuple[str, str] | None:
     a, b = found[spec.expert_dim], spec.shape[spec.expert_dim]
     if spec.rank is None:
         return "experts", (
-            f"The file has {a} experts, its settings say {b}: take the adapter_config.json that was "
-            "saved with it"
+            f"The file has {a} experts, its settings say {b}: take the adapter_config.json that "
+            "was saved with it"
         )
     rank = a * spec.rank / b
     return "rank", (

@@ -41,7 +41,9 @@ def parse(folder: Path) -> Any:
         settings = load_json(text, path)
         if not isinstance(settings, dict):
             kind = type(settings).__name__
-            raise AdapterFileError(f"{path}: line 1, column 1: is a {kind}, not an object of fields")
+            raise AdapterFileError(
+                f"{path}: line 1, column 1: is a {kind}, not an object of fields"
+            )
         if not isinstance(settings.get("peft_type"), str):
             raise AdapterFileError(
                 f"{path}: field peft_type is {settings.get('peft_type')!r}; it must be a string, "
@@ -144,20 +146,30 @@ def known_fields(settings: dict[str, Any], known: Collection[str], path: Path) -
             _refuse_loader(name, path)
     trusting = [name for name in unknown if name in TRUST]
     if trusting:
-        warnings.warn(
+        _warn_once(
+            path,
             f"{path}: {trusting[0]}={settings[trusting[0]]!r} is ignored: only the caller of a "
             "loading function can say whose code to run",
-            stacklevel=2,
         )
     rest = sorted(name for name in unknown if name not in TRUST)
     if rest:
         hints = "".join(did_you_mean(name, known) for name in rest[:1])
-        warnings.warn(
-            f"{path}: unknown fields {rest} are ignored{hints}. They may come from a newer moeadapt "
-            "that wrote the same format; `pip install -U moeadapt` may know them.",
-            stacklevel=2,
+        _warn_once(
+            path,
+            f"{path}: unknown fields {rest} are ignored{hints}. They may come from a newer "
+            "moeadapt that wrote the same format; `pip install -U moeadapt` may know them.",
         )
     return {name: value for name, value in settings.items() if name in known}
+
+
+_told: set[tuple[Path, str]] = set()
+
+
+def _warn_once(path: Path, message: str) -> None:
+    """Warn once per file: one load reads the settings several times."""
+    if (path.resolve(), message) not in _told:
+        _told.add((path.resolve(), message))
+        warnings.warn(message, stacklevel=3)
 
 
 def _refuse_loader(name: str, path: Path) -> NoReturn:

@@ -3,14 +3,12 @@
 PEFT and transformers have no hook for it, and a check in one of their functions is passed by in the
 others. So the functions that know an adapter's folder are wrapped, once, when the method registers:
 
-    PeftConfigMixin.from_json_file          adapter_config.json, for everything that reads it
-    find_adapter_config_file                the same for AutoModel, before the base is loaded
-    PeftModel.from_pretrained               \\
-    PeftModel.load_adapter                   > open the folder; what follows knows its files
-    PreTrainedModel.load_adapter            /
-    save_and_load.safe_load_file            gives the numbers that were checked, not the path's
-    PeftModel.save_pretrained               \\ write the manifest
-    PreTrainedModel.save_pretrained         /
+- `PeftConfigMixin.from_json_file`, `find_adapter_config_file`: read adapter_config.json, for PEFT
+  and for `AutoModel`, before the base is loaded;
+- `PeftModel.from_pretrained`, `PeftModel.load_adapter`, `PreTrainedModel.load_adapter`: open the
+  folder; what follows knows its files;
+- `safe_load_file`: gives the numbers that were checked, whatever lies at the path by then;
+- `PeftModel.save_pretrained`, `PreTrainedModel.save_pretrained`: write the manifest.
 
 Adapters of other methods pass through untouched. Injection (`MoeLoraModel.inject_adapter`) compares
 header and base before it touches the model, and `_remap_adapter_state_dict_for_load` refuses what

@@ -97,7 +97,9 @@ def _router(
     for loss in config.balance_configs.values():
         loss.check(router)
         loss.prepare(router)
-    return {f"{PREFIX}router.{name}": _router_spec(t, dim) for name, t in router.state_dict().items()}
+    return {
+        f"{PREFIX}router.{name}": _router_spec(t, dim) for name, t in router.state_dict().items()
+    }
 
 
 def _router_spec(tensor: Tensor, dim: int) -> TensorSpec:
@@ -117,11 +119,11 @@ def _in_full(model: nn.Module, config: MoeLoraConfig) -> Iterator[tuple[str, Ten
     tokens = config.trainable_token_indices
     for key, module in model.named_modules(remove_duplicate=False):
         if ends and key.endswith(ends):
-            inner: Any = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            inner: Any = (
+                module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+            )
             for name, tensor in inner.state_dict().items():
-                spec = TensorSpec(
-                    shape=tuple(tensor.shape), is_float=tensor.is_floating_point()
-                )
+                spec = TensorSpec(shape=tuple(tensor.shape), is_float=tensor.is_floating_point())
                 yield f"{FILE_PREFIX}{key}.{name}", spec
         if isinstance(tokens, dict):
             count = next((len(v) for k, v in tokens.items() if key.endswith(k)), None)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.tuner.adapter_layer import MERGE_MENU, PREFIX
 from moeadapt.tuner.block import install_blocks, remove_blocks
+from moeadapt.tuner.checks import check_layers
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import (
     attach_context,
@@ -31,6 +32,7 @@ from moeadapt.tuner.context import (
 from moeadapt.tuner.expected import check_plausible
 from moeadapt.tuner.layer import MoeLoraLinear
 from moeadapt.tuner.loading import check_new, check_state_dict, current
+from moeadapt.tuner.patterns import check_patterns_end
 from moeadapt.tuner.plan import no_target_message, plan_targets
 from moeadapt.tuner.sizes import plan_sizes
 
@@ -84,6 +86,9 @@ class MoeLoraModel(BaseTuner):
                 "their own, and routers would count the one's as the other's. Use a decoder-only "
                 "or encoder-only model, or plain LoRA."
             )
+        names = [name for name, _ in model.named_modules()]
+        check_layers(config, names)
+        check_patterns_end(config, names)
         try:
             keys = self._target_keys(model, config, state_dict)
         except re.error as error:
