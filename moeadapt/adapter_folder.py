@@ -10,6 +10,7 @@ from moeadapt.adapter_format.settings import (
     SETTINGS,
     WEIGHTS,
     load_json,
+    no_weights,
 )
 from moeadapt.errors import AdapterFileError, ConfigError
 
@@ -27,16 +28,17 @@ def read_settings(folder: str | Path, *peft_types: str) -> dict[str, Any]:
     folder = Path(folder)
     missing = [name for name in (SETTINGS, WEIGHTS) if not exists(folder, name)]
     if missing:
-        pickled = f"; {PICKLED} is there" if exists(folder, PICKLED) else ""
+        if missing == [WEIGHTS] and exists(folder, PICKLED):
+            raise AdapterFileError(no_weights(folder))
         raise ConfigError(
             f"{folder} has no {' and no '.join(missing)}; give the folder of an adapter saved with "
-            f"model.save_pretrained (pickled .bin files are not read{pickled})"
+            f"model.save_pretrained (pickled .bin files are not read)"
         )
     path = folder / SETTINGS
     try:
         settings = load_json(read_small(folder, SETTINGS, MAX_BYTES).decode("utf-8"), path)
     except UnicodeDecodeError as error:
-        raise AdapterFileError(f"{path} is damaged: {error}") from None
+        raise AdapterFileError(f"{path}: is damaged: it is not UTF-8: {error}") from None
     found = settings.get("peft_type") if isinstance(settings, dict) else None
     if found not in peft_types:
         allowed = " or ".join(NAMES[one] for one in peft_types)

@@ -11,7 +11,7 @@ from moeadapt.adapter_format.files import exists, open_file
 from moeadapt.adapter_format.header import Header, TensorInfo, read_header
 from moeadapt.adapter_format.manifest import check_sha256, read_manifest
 from moeadapt.adapter_format.options import options
-from moeadapt.adapter_format.settings import MAX_BYTES, PICKLED, SETTINGS, WEIGHTS
+from moeadapt.adapter_format.settings import MAX_BYTES, SETTINGS, WEIGHTS, no_weights
 from moeadapt.errors import AdapterFileError
 
 DTYPES = {
@@ -56,7 +56,7 @@ class AdapterFiles:
         self.tensors: dict[str, Tensor] = {}
         self._is_read = False
         if not exists(self.folder, WEIGHTS):
-            raise AdapterFileError(self._no_weights())
+            raise AdapterFileError(no_weights(self.folder))
         self.manifest = read_manifest(self.folder)
         if self.manifest is not None:
             with open_file(self.folder, SETTINGS) as file:
@@ -77,19 +77,6 @@ class AdapterFiles:
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
-
-    def _no_weights(self) -> str:
-        if not exists(self.folder, PICKLED):
-            return (
-                f"{self.folder} has no {WEIGHTS}; give the folder of an adapter saved with "
-                "model.save_pretrained"
-            )
-        return (
-            f"{self.folder / PICKLED}: is a pickled file, which is never opened here because "
-            'reading one can run code. Convert it where you trust it: `python -c "import torch, '
-            "safetensors.torch as s; s.save_file(torch.load('adapter_model.bin', "
-            f"weights_only=True), '{WEIGHTS}')\"`"
-        )
 
     def read(self) -> dict[str, Tensor]:
         """Return the tensors, on the CPU; read and checked at the first call.

@@ -102,6 +102,11 @@ def read_header(file: BinaryIO, path: Path) -> Header:
             f"{MAX_TENSORS} tensors"
         )
     raw = file.read(size)
+    count = raw.count(b'"data_offsets"')
+    if count > MAX_TENSORS:
+        raise AdapterFileError(
+            f"{path}: holds {count} tensors; an adapter has at most {MAX_TENSORS}"
+        )
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -110,10 +115,6 @@ def read_header(file: BinaryIO, path: Path) -> Header:
         raise AdapterFileError(f"{path}: its header starts with {text[:1]!r}, not '{{'; {_AGAIN}")
     entries = load_json(text, path)
     _check_metadata(entries.pop("__metadata__", {}), path)
-    if len(entries) > MAX_TENSORS:
-        raise AdapterFileError(
-            f"{path}: holds {len(entries)} tensors; an adapter has at most {MAX_TENSORS}"
-        )
     tensors = {name: _info(name, entry, path) for name, entry in entries.items()}
     _check_places(tensors, total - 8 - size, path)
     return Header(tensors=tensors, raw=length + raw, data_bytes=total - 8 - size)

@@ -119,7 +119,11 @@ def _shapes(
         for name in wrong[:SHOWN]
     ]
     more = f"; and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-    causes = (_cause(found[name].shape, expected[name]) for name in wrong)
+    # Routers first: they read the hidden states, whatever the width of a layer.
+    causes = [
+        _cause(found[name].shape, expected[name], "hidden" if "_router." in name else "width")
+        for name in sorted(wrong, key=lambda name: "_router." not in name)
+    ]
     # The number of experts shows in the routers, where no rank is mixed in.
     order = ("experts", "hidden", "transposed", "rank")
     best = sorted((c for c in causes if c), key=lambda c: order.index(c[0]))
@@ -127,7 +131,7 @@ def _shapes(
     return f"{path}: {'; '.join(lines)}{more}.{reason}"
 
 
-def _cause(found: tuple[int, ...], spec: TensorSpec) -> tuple[str, str] | None:
+def _cause(found: tuple[int, ...], spec: TensorSpec, width: str) -> tuple[str, str] | None:
     """Return what makes the shape differ: a word for it, and a sentence with both numbers."""
     if len(found) != len(spec.shape):
         return None
@@ -137,7 +141,7 @@ def _cause(found: tuple[int, ...], spec: TensorSpec) -> tuple[str, str] | None:
     if spec.base_dim in differ:
         a, b = found[spec.base_dim], spec.shape[spec.base_dim]
         return "hidden", (
-            f"The adapter was made for hidden {a}, this base has {b}: load the base that it was "
+            f"The adapter was made for {width} {a}, this base has {b}: load the base that it was "
             "trained on"
         )
     if differ != [spec.expert_dim] or spec.expert_dim is None:

@@ -177,3 +177,17 @@ def _refuse_loader(name: str, path: Path) -> NoReturn:
         f"{path}: field {name!r}: an adapter's settings are data, and arguments for a loader are "
         "taken only from its caller; remove the field"
     )
+
+
+def no_weights(folder: Path) -> str:
+    """Say what a folder without safetensors lacks, and what to do with a pickled file."""
+    if not exists(folder, PICKLED):
+        return (
+            f"{folder} has no {WEIGHTS}; give the folder of an adapter saved with "
+            "model.save_pretrained"
+        )
+    return (
+        f"{folder / PICKLED}: is a pickled file, which is never opened here because reading one can "
+        'run code. Convert it where you trust it: `python -c "import torch, safetensors.torch as s; '
+        f"s.save_file(torch.load('{PICKLED}', weights_only=True), '{WEIGHTS}')\"`"
+    )

@@ -76,6 +76,7 @@ def check_known(files: AdapterFiles, model: nn.Module, tensors: Mapping[str, Ten
 
 
 def _check(files: AdapterFiles, model: nn.Module, expected: Mapping[str, TensorSpec]) -> None:
+    _check_base(files, model)
     check_tensors(
         files.header.tensors,
         expected,
@@ -83,7 +84,6 @@ def _check(files: AdapterFiles, model: nn.Module, expected: Mapping[str, TensorS
         _base_names(model),
         options().allow_base_weights,
     )
-    _check_base(files, model)
     files.read()
 
 
