@@ -9,6 +9,7 @@ from moeadapt.adapter_format.settings import (
     PICKLED,
     SETTINGS,
     WEIGHTS,
+    check_depth,
     load_json,
     no_weights,
 )
@@ -36,9 +37,11 @@ def read_settings(folder: str | Path, *peft_types: str) -> dict[str, Any]:
         )
     path = folder / SETTINGS
     try:
-        settings = load_json(read_small(folder, SETTINGS, MAX_BYTES).decode("utf-8"), path)
+        text = read_small(folder, SETTINGS, MAX_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise AdapterFileError(f"{path}: is damaged: it is not UTF-8: {error}") from None
+    check_depth(text, path)
+    settings = load_json(text, path)
     found = settings.get("peft_type") if isinstance(settings, dict) else None
     if found not in peft_types:
         allowed = " or ".join(NAMES[one] for one in peft_types)

@@ -37,7 +37,7 @@ def parse(folder: Path) -> Any:
     text = ""
     try:
         text = read_small(folder, SETTINGS, MAX_BYTES).decode("utf-8")
-        _check_depth(text, path)
+        check_depth(text, path)
         settings = load_json(text, path)
         if not isinstance(settings, dict):
             kind = type(settings).__name__
@@ -107,7 +107,12 @@ def load_json(text: str, path: Path) -> Any:
         raise AdapterFileError(f"{path}: is nested without end; it is damaged") from None
 
 
-def _check_depth(text: str, path: Path) -> None:
+def check_depth(text: str, path: Path) -> None:
+    """Refuse settings nested more than `MAX_DEPTH` deep.
+
+    Raises:
+        AdapterFileError: with line and column.
+    """
     depth, quoted, escaped = 0, False, False
     for at, sign in enumerate(text):
         if escaped:
@@ -187,7 +192,8 @@ def no_weights(folder: Path) -> str:
             "model.save_pretrained"
         )
     return (
-        f"{folder / PICKLED}: is a pickled file, which is never opened here because reading one can "
-        'run code. Convert it where you trust it: `python -c "import torch, safetensors.torch as s; '
+        f"{folder / PICKLED}: is a pickled file, which is never opened here because reading one "
+        "can run code. Convert it where you trust it: "
+        '`python -c "import torch, safetensors.torch as s; '
         f"s.save_file(torch.load('{PICKLED}', weights_only=True), '{WEIGHTS}')\"`"
     )

@@ -147,7 +147,7 @@ def check_plausible(config: MoeLoraConfig, header: Header, path: Any) -> None:
     largest = max((info.size for info in header.tensors.values()), default=0)
     for field, pattern in (("r", config.rank_pattern), ("num_experts", config.experts_pattern)):
         value = getattr(config, field)
-        if value > largest and not pattern:
+        if header.tensors and value > largest and not pattern:
             raise AdapterFileError(
                 f"{path}: its settings say {field}={value}, but its largest tensor holds {largest} "
                 "numbers: take the adapter_config.json that was saved with it"

@@ -192,10 +192,9 @@ def test_fault_010_one_flipped_bit_in_the_numbers_is_refused(tmp_path):
     with refusal("sha256"):
         by_replacing(base_model(), folder)
     (folder / MANIFEST).unlink()
-    with pytest.warns(UserWarning, match="has no moeadapt_manifest.json") as caught:
-        for _ in range(3):
-            by_from_pretrained(base_model(), folder)
-    assert len([w for w in caught if "manifest" in str(w.message)]) == 1
+    with pytest.warns(UserWarning, match="has no moeadapt_manifest.json"):
+        by_from_pretrained(base_model(), folder)
+    by_from_pretrained(base_model(), folder)  # a second warning would be an error
 
 
 def test_fault_010_a_changed_setting_is_refused(tmp_path):

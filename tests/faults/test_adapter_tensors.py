@@ -155,6 +155,7 @@ def test_fault_025_a_router_of_another_width_is_refused_with_both(tmp_path, seal
     wide = tiny("llama", hidden_size=48, intermediate_size=96, num_hidden_layers=2)
     folder = tmp_path / "adapter"
     adapt(wide, moe_config("block")).save_pretrained(folder)
+    edit_settings(folder, base_model_name_or_path=str(shelf() / "base"))
     if sealed:
         assert_refused(folder, "made for hidden 48, this base has 32", cli=False)
         return
