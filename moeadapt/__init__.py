@@ -12,6 +12,7 @@ from moeadapt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moeadapt import errors as errors
+    from moeadapt.adapter_format.options import loading_options as loading_options
     from moeadapt.balance import BALANCE as BALANCE
     from moeadapt.experts import EXPERTS as EXPERTS
     from moeadapt.export import surgery as surgery
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from moeadapt.training.callback import MoeAdaptCallback as MoeAdaptCallback
     from moeadapt.training.distill import distill as distill
     from moeadapt.training.router_step import attach_optimizer as attach_optimizer
+    from moeadapt.tuner.checked import load_adapter_checked as load_adapter_checked
     from moeadapt.tuner.config import MoeLoraConfig as MoeLoraConfig
     from moeadapt.tuner.from_adapters import init_from_adapters as init_from_adapters
     from moeadapt.tuner.init import init_routers_kmeans as init_routers_kmeans
@@ -53,6 +55,8 @@ _HOME = {
     "export": "moeadapt",
     "init_from_adapters": "moeadapt.tuner.from_adapters",
     "init_routers_kmeans": "moeadapt.tuner.init",
+    "load_adapter_checked": "moeadapt.tuner.checked",
+    "loading_options": "moeadapt.adapter_format.options",
     "merge": "moeadapt.export.merge",
     "override_routing": "moeadapt.tuner.override",
     "report": "moeadapt",

@@ -18,6 +18,13 @@ class ConfigError(MoeAdaptError, ValueError):
     """A setting is unknown, of the wrong type, out of range, or contradicts another one."""
 
 
+class AdapterFileError(ConfigError):
+    """A file of a saved adapter is damaged, or does not fit its settings, the base or this version.
+
+    Nothing of the base model has been touched.
+    """
+
+
 class UnsupportedError(MoeAdaptError, NotImplementedError):
     """The request is well formed, but a routed mixture cannot do it; names what can."""
 

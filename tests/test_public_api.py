@@ -50,6 +50,8 @@ def test_public_names_are_these():
         "export",
         "init_from_adapters",
         "init_routers_kmeans",
+        "load_adapter_checked",
+        "loading_options",
         "merge",
         "override_routing",
         "report",

@@ -39,7 +39,8 @@ def load_adapter(
 
     Raises:
         ConfigError: `folder` holds no such adapter.
-        AssetError: a file or the base model cannot be read.
+        AdapterFileError: a file of the adapter is damaged or does not fit the base.
+        AssetError: the base model cannot be read.
     """
     settings = read_settings(folder, *peft_types)
     name = base or settings.get("base_model_name_or_path")
@@ -50,10 +51,15 @@ def load_adapter(
     from peft import PeftModel
     from safetensors import SafetensorError
 
+    from moeadapt.adapter_format.adapter import AdapterFiles
     from moeadapt.training.base_model import load_base
     from moeadapt.training.objectives import OBJECTIVES
     from moeadapt.training.recipe import RunArguments
 
+    if settings["peft_type"] == "MOEADAPT":
+        # A damaged file is found before the base is loaded.
+        read_config(folder)
+        AdapterFiles(folder).close()
     run = RunArguments(model_name_or_path=name, dtype=dtype)  # type: ignore[arg-type]
     model, tokenizer = load_base(run, OBJECTIVES["sft"])
     try:

@@ -158,3 +158,19 @@ def check_segments(
             f"init_lora_weights='svd_segments' needs the weight of {key!r}, which "
             f"{backend.backend_name} cannot give back; use init_lora_weights=True"
         )
+
+
+def check_layers(config: MoeLoraConfig, names: Iterable[str]) -> None:
+    """Refuse layers that the model does not have."""
+    asked = config.layers_to_transform
+    asked = [asked] if isinstance(asked, int) else asked or []
+    if not asked:
+        return
+    parts = [[part for part in name.split(".") if part.isdigit()] for name in names]
+    there = {int(numbers[0]) for numbers in parts if numbers}
+    absent = sorted(set(asked) - there)
+    if absent and there:
+        raise ConfigError(
+            f"layers_to_transform names layers {absent}, and this model has {min(there)} to "
+            f"{max(there)}"
+        )

@@ -121,8 +121,8 @@ class MoeLoraConfig(PeftConfig):
         self.peft_type = extend_peft_type()
         if isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION:
             raise ConfigError(
-                f"format_version={self.format_version}: this adapter was written by moeadapt "
-                f"{self.moeadapt_version}; moeadapt {__version__} reads formats up to "
+                f"format_version={self.format_version} needs moeadapt >= {self.moeadapt_version}, "
+                f"which wrote this adapter; moeadapt {__version__} reads formats up to "
                 f"{FORMAT_VERSION}. Upgrade with `pip install -U moeadapt`."
             )
         self._check_fields()

@@ -22,13 +22,17 @@ from torch import Tensor, nn
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.tuner.adapter_layer import MERGE_MENU, PREFIX
 from moeadapt.tuner.block import install_blocks, remove_blocks
+from moeadapt.tuner.checks import check_layers
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.context import (
     attach_context,
     detach_context,
     find_context,
 )
+from moeadapt.tuner.expected import check_plausible
 from moeadapt.tuner.layer import MoeLoraLinear
+from moeadapt.tuner.loading import check_new, check_state_dict, current
+from moeadapt.tuner.patterns import check_patterns_end
 from moeadapt.tuner.plan import no_target_message, plan_targets
 from moeadapt.tuner.sizes import plan_sizes
 
@@ -73,12 +77,18 @@ class MoeLoraModel(BaseTuner):
     def _plan(
         self, model: nn.Module, config: MoeLoraConfig, state_dict: dict[str, Tensor] | None
     ) -> None:
+        files = current()
+        if files is not None:
+            check_plausible(config, files.header, files.path)
         if self.get_model_config(model).get("is_encoder_decoder"):
             raise ConfigError(
                 "encoder-decoder models are not supported: encoder and decoder have padding of "
                 "their own, and routers would count the one's as the other's. Use a decoder-only "
                 "or encoder-only model, or plain LoRA."
             )
+        names = [name for name, _ in model.named_modules()]
+        check_layers(config, names)
+        check_patterns_end(config, names)
         try:
             keys = self._target_keys(model, config, state_dict)
         except re.error as error:
@@ -91,6 +101,8 @@ class MoeLoraModel(BaseTuner):
         quantization = get_quantization_kwargs(model)
         self._plans = plan_targets(model, config, keys, quantization)
         self._sizes = plan_sizes(model, config, self._plans, quantization)
+        if files is not None:
+            check_new(files, model, config, self._plans, self._sizes)
         ends = {p.block.path: k for k, p in self._plans.items() if p.block and p.placement == "glu"}
         self._ffn_ends = {**self._ffn_ends, **ends}
 
@@ -139,6 +151,16 @@ class MoeLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, state_dict
+        )
+        check_state_dict(remapped, model, adapter_name)
+        return remapped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -42,6 +42,7 @@ def register() -> None:
         RuntimeError: this PEFT already knows another method of that name.
     """
     from moeadapt.tuner.config import MoeLoraConfig
+    from moeadapt.tuner.entry_points import install
     from moeadapt.tuner.model import MoeLoraModel
 
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(METHOD)  # type: ignore[call-overload]
@@ -51,3 +52,4 @@ def register() -> None:
         raise RuntimeError(f"PEFT already has a method {METHOD}: {known}; moeadapt cannot add its")
     extend_peft_type()
     register_peft_method(name=METHOD.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel)
+    install()

@@ -1,0 +1,211 @@
+"""Sends every way to load or save an adapter of this method through the same checks.
+
+PEFT and transformers have no hook for it, and a check in one of their functions is passed by in the
+others. So the functions that know an adapter's folder are wrapped, once, when the method registers:
+
+- `PeftConfigMixin.from_json_file`, `find_adapter_config_file`: read adapter_config.json, for PEFT
+  and for `AutoModel`, before the base is loaded;
+- `PeftModel.from_pretrained`, `PeftModel.load_adapter`, `PreTrainedModel.load_adapter`: open the
+  folder; what follows knows its files;
+- `safe_load_file`: gives the numbers that were checked, whatever lies at the path by then;
+- `PeftModel.save_pretrained`, `PreTrainedModel.save_pretrained`: write the manifest.
+
+Adapters of other methods pass through untouched. Injection (`MoeLoraModel.inject_adapter`) compares
+header and base before it touches the model, and `_remap_adapter_state_dict_for_load` refuses what
+is not the adapter's even where tensors come from no folder.
+"""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers.integrations.peft as native
+import transformers.models.auto.auto_factory as auto
+from peft import PeftModel, get_peft_model_state_dict
+from peft.config import PeftConfigMixin
+from peft.utils import save_and_load
+from transformers import PreTrainedModel
+
+from moeadapt.adapter_format.adapter import AdapterFiles
+from moeadapt.adapter_format.fingerprint import fingerprint
+from moeadapt.adapter_format.manifest import remove_manifest, write_manifest
+from moeadapt.adapter_format.settings import SETTINGS, WEIGHTS
+from moeadapt.tuner.config import MoeLoraConfig
+from moeadapt.tuner.loading import check_known, current, loading
+from moeadapt.tuner.locate import find_folder, hub_arguments, read_config
+
+_WRAPPED = "_moeadapt_wraps"
+
+
+def install() -> None:
+    """Wrap the functions; calling it again does nothing."""
+    _wrap(PeftConfigMixin, "from_json_file", _from_json_file)
+    _wrap(auto, "find_adapter_config_file", _find_config)
+    _wrap(native, "find_adapter_config_file", _find_config)
+    _wrap(PeftModel, "from_pretrained", _from_pretrained)
+    _wrap(PeftModel, "load_adapter", _load_adapter)
+    _wrap(native.PeftAdapterMixin, "load_adapter", _load_natively)
+    _wrap(save_and_load, "safe_load_file", _safe_load_file)
+    _wrap(PeftModel, "save_pretrained", _save)
+    _wrap(PreTrainedModel, "save_pretrained", _save_natively)
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    original = owner.__dict__[name]
+    of_class = isinstance(original, classmethod)
+    plain = original.__func__ if of_class else original
+    if hasattr(plain, _WRAPPED):
+        return
+
+    @functools.wraps(plain)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(plain, *args, **kwargs)
+
+    setattr(wrapped, _WRAPPED, plain)
+    setattr(owner, name, classmethod(wrapped) if of_class else wrapped)
+
+
+# --- settings
+
+
+def _from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, **kw: Any) -> Any:
+    settings = read_config(Path(path_json_file).parent) if _is_settings(path_json_file) else None
+    return original(cls, path_json_file, **kw) if settings is None else settings
+
+
+def _is_settings(path: Any) -> bool:
+    return Path(path).name == SETTINGS
+
+
+def _find_config(original: Callable[..., Any], model_id: Any, *args: Any, **kwargs: Any) -> Any:
+    folder = find_folder(model_id, {k: v for k, v in kwargs.items() if k == "subfolder"}, hub=False)
+    if folder is not None:
+        read_config(folder)
+    found = original(model_id, *args, **kwargs)
+    if found is not None and folder is None:
+        read_config(Path(found).parent)
+    return found
+
+
+# --- loading
+
+
+def _from_pretrained(
+    original: Callable[..., Any], cls: Any, model: Any, model_id: Any, *args: Any, **kwargs: Any
+) -> Any:
+    files = _open(model_id, kwargs)
+    if files is None:
+        return original(cls, model, model_id, *args, **kwargs)
+    with loading(files):
+        return original(cls, model, model_id, *args, **kwargs)
+
+
+def _load_adapter(
+    original: Callable[..., Any],
+    self: PeftModel,
+    model_id: Any,
+    adapter_name: str,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    if current() is not None:  # inside from_pretrained, which has checked
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    files = _open(model_id, kwargs)
+    if files is None:
+        return original(self, model_id, adapter_name, *args, **kwargs)
+    with loading(files):
+        if adapter_name in self.peft_config:
+            own = get_peft_model_state_dict(
+                self, adapter_name=adapter_name, save_embedding_layers=False
+            )
+            check_known(files, self.get_base_model(), own)
+        return original(self, model_id, adapter_name, *args, **kwargs)
+
+
+def _load_natively(
+    original: Callable[..., Any],
+    self: PreTrainedModel,
+    peft_model_id: Any = None,
+    *args: Any,
+    adapter_kwargs: dict[str, Any] | None = None,
+    load_config: Any = None,
+    **kwargs: Any,
+) -> Any:
+    more = {"adapter_kwargs": adapter_kwargs, "load_config": load_config, **kwargs}
+    given = kwargs.get("adapter_state_dict") is not None or len(args) > 2  # noqa: PLR2004
+    known = getattr(load_config, "download_kwargs", None) or {}
+    where = {**known, **kwargs, **(adapter_kwargs or {})}
+    files = None if given else _open(peft_model_id, where)
+    if files is None:
+        return original(self, peft_model_id, *args, **more)
+    with loading(files):
+        settings = read_config(files.folder)
+        if settings is None:
+            return original(self, peft_model_id, *args, **more)
+        more["peft_config"] = MoeLoraConfig.from_peft_type(**settings)
+        # The tensors come from the file that is open; transformers does not open it again.
+        more["adapter_state_dict"] = files.tensors  # filled when the checks are passed
+        return original(self, peft_model_id, *args, **more)
+
+
+def _open(model_id: Any, arguments: dict[str, Any]) -> AdapterFiles | None:
+    """Open the adapter of this method behind `model_id`; None: it is none, or not to be found."""
+    folder = find_folder(model_id, hub_arguments(arguments))
+    if folder is None or read_config(folder) is None:
+        return None
+    return AdapterFiles(folder)
+
+
+def _safe_load_file(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any) -> Any:
+    files = current()
+    if files is None or Path(filename).resolve() != files.path.resolve():
+        return original(filename, *args, **kwargs)
+    device = kwargs.get("device", args[0] if args else "cpu")
+    return {name: tensor.to(device) for name, tensor in files.read().items()}
+
+
+# --- saving
+
+
+def _save(
+    original: Callable[..., Any], self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any
+) -> None:
+    ours = {n: c for n, c in self.peft_config.items() if isinstance(c, MoeLoraConfig)}
+    is_main = kwargs.get("is_main_process", True)
+    chosen = kwargs.get("selected_adapters") or list(self.peft_config)
+    folders = {
+        name: Path(save_directory) / ("" if name == "default" else name)
+        for name in ours
+        if name in chosen and is_main
+    }
+    for folder in folders.values():
+        remove_manifest(folder)
+    original(self, save_directory, *args, **kwargs)
+    _write(folders.values(), self.get_base_model())
+
+
+def _save_natively(
+    original: Callable[..., Any],
+    self: PreTrainedModel,
+    save_directory: Any,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    configs = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}
+    is_main = kwargs.get("is_main_process", True)
+    ours = any(isinstance(c, MoeLoraConfig) for c in configs.values()) and is_main
+    if ours:
+        remove_manifest(save_directory)
+    result = original(self, save_directory, *args, **kwargs)
+    if ours and isinstance(configs.get(self.active_adapters()[0]), MoeLoraConfig):
+        _write([Path(save_directory)], self)
+    return result
+
+
+def _write(folders: Any, base: Any) -> None:
+    present = [f for f in folders if (f / WEIGHTS).is_file() and (f / SETTINGS).is_file()]
+    if present:
+        print_of_base = fingerprint(base)
+        for folder in present:
+            write_manifest(folder, print_of_base)

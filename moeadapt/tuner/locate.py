@@ -1,0 +1,92 @@
+"""Finds the folder behind the name of an adapter, and reads the settings in it."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from moeadapt.adapter_format.settings import (
+    MANIFEST,
+    METHOD,
+    SETTINGS,
+    WEIGHTS,
+    known_fields,
+    parse,
+)
+from moeadapt.errors import AdapterFileError
+
+_HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+
+
+def hub_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Pick from the arguments of a loading function those that say where a file is."""
+    found = {k: v for k, v in arguments.items() if k in _HUB and v is not None}
+    if "token" not in found and arguments.get("use_auth_token") is not None:
+        found["token"] = arguments["use_auth_token"]
+    return found
+
+
+def find_folder(model_id: Any, where: dict[str, Any], hub: bool = True) -> Path | None:
+    """Return the folder with an adapter's files; None if there is none, which PEFT reports itself.
+
+    For an adapter of the hub it is the folder of the hub's cache, its files fetched.
+
+    Args:
+        model_id: a folder, or a repository of the hub.
+        where: what `hub_arguments` returned.
+        hub: whether to look at the hub, too.
+    """
+    if not isinstance(model_id, str | os.PathLike):
+        return None
+    folder = Path(model_id, where.get("subfolder") or "")
+    try:
+        if os.path.lexists(folder / SETTINGS):
+            return folder
+        if not hub or folder.exists() or os.path.exists(model_id):
+            return None
+    except (OSError, ValueError):
+        return None
+    return _fetch(str(model_id), where)
+
+
+def _fetch(repository: str, where: dict[str, Any]) -> Path | None:
+    from huggingface_hub import hf_hub_download
+
+    folder = None
+    for name in (SETTINGS, WEIGHTS, MANIFEST):
+        try:
+            file = Path(hf_hub_download(repository, name, **where))
+        except Exception:
+            # Missing, unreachable, not allowed: PEFT meets the same and says so.
+            if name == SETTINGS:
+                return None
+            continue
+        folder = file.parent
+        if name == SETTINGS and (parse(folder) or {}).get("peft_type") != METHOD:
+            return None
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """Return the checked settings of an adapter of this method; None if it is of another.
+
+    Raises:
+        AdapterFileError: see `moeadapt.adapter_format.settings.parse`; or a field has the wrong
+            type, is out of range, names something unknown, or contradicts another.
+    """
+    from dataclasses import fields
+
+    from moeadapt.tuner.config import MoeLoraConfig
+
+    settings = parse(folder)
+    if settings is None or settings["peft_type"] != METHOD:
+        return None
+    path = folder / SETTINGS
+    settings = known_fields(settings, {f.name for f in fields(MoeLoraConfig) if f.init}, path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the one that is kept warns
+            MoeLoraConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise AdapterFileError(f"{path}: {error}") from None
+    return settings
