@@ -24,6 +24,8 @@ from moeadapt.tuner.inspect import (
     heads_of,
     pop_router_stats,
     prepare_stats,
+    router_counts,
+    set_router_counts,
     step_schedule,
 )
 
@@ -35,7 +37,11 @@ _OWN_STEP = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
 
 
 class Session:
-    """One training run of one model, from the first step to the last."""
+    """One training run of one model, from the first step to the last.
+
+    Attributes:
+        skipped_steps: optimizer steps that a GradScaler skipped: schedules do not count them.
+    """
 
     def __init__(
         self,
@@ -45,6 +51,7 @@ class Session:
         options: RouterOptions,
         *,
         compare_uniform: bool = False,
+        keeps_counts: bool = False,
     ) -> None:
         """Make the counters, forget what was counted before, and attach to the optimizer.
 
@@ -54,6 +61,7 @@ class Session:
             optimizer: the trainer's.
             options: what is different for routers.
             compare_uniform: see `after_evaluation`.
+            keeps_counts: whether an optimizer step may be skipped, by a GradScaler or on purpose.
 
         Raises:
             ConfigError: the model has no mixture of LoRA experts.
@@ -62,6 +70,9 @@ class Session:
         self.model = model
         self._device = device
         self._step = 0
+        self.skipped_steps = 0
+        self._keeps_counts = keeps_counts
+        self._counts_before: dict[str, Tensor] | None = None
         self._health = RouterHealth()
         self._compare_uniform = compare_uniform
         self.context = require_adapter(model)
@@ -85,9 +96,11 @@ class Session:
             )
 
     def start_step(self, step: int) -> None:
-        """Use the schedule's values of optimizer step `step`, counted from 0."""
-        self._step = step
-        step_schedule(self.model, step)
+        """Use the schedule's values of the trainer's optimizer step `step`, counted from 0."""
+        self._step = step - self.skipped_steps
+        step_schedule(self.model, self._step)
+        if self._keeps_counts and self._counts_before is None:
+            self._counts_before = router_counts(self.model)
 
     def set_scale(self, scaler: Any, accumulation_steps: int) -> None:
         """Tell the auxiliary losses what the task loss of this micro-batch is multiplied by.
@@ -113,7 +126,33 @@ class Session:
 
     def after_step(self) -> None:
         """Run what follows an optimizer step, over all processes; each must call it."""
+        self._counts_before = None
         after_optimizer_step(self.model, _sum_over_processes, step=self._step)
+
+    def after_skipped_step(self) -> None:
+        """Follow an optimizer step that a GradScaler skipped: it counts for nothing."""
+        self.skipped_steps += 1
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Take back what was counted in this optimizer step."""
+        if self._counts_before is not None:
+            set_router_counts(self.model, self._counts_before)
+            self._counts_before = None
+
+    def counts(self) -> dict[str, Tensor]:
+        """Return the counts since the last log, over all processes; each must call it."""
+        return {name: _sum_over_processes(own) for name, own in router_counts(self.model).items()}
+
+    def go_on(self, skipped_steps: int, counts: Mapping[str, Tensor]) -> None:
+        """Go on from an earlier session.
+
+        Args:
+            skipped_steps: of that session.
+            counts: what its `counts` returned; for one process, the others start without.
+        """
+        self.skipped_steps = skipped_steps
+        set_router_counts(self.model, counts)
 
     def after_evaluation(self, batches: Iterable[Any]) -> None:
         """Compare learned routing with equal shares, if asked to; warns once in a run.

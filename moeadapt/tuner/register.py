@@ -43,6 +43,7 @@ def register() -> None:
     """
     from moeadapt.tuner.config import MoeLoraConfig
     from moeadapt.tuner.model import MoeLoraModel
+    from moeadapt.tuner.whole_save import save_whole
 
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(METHOD)  # type: ignore[call-overload]
     if known is MoeLoraConfig:
@@ -51,3 +52,4 @@ def register() -> None:
         raise RuntimeError(f"PEFT already has a method {METHOD}: {known}; moeadapt cannot add its")
     extend_peft_type()
     register_peft_method(name=METHOD.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel)
+    save_whole()
