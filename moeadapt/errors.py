@@ -32,13 +32,13 @@ class TrainingStopped(MoeAdaptError, SystemExit):
     A script that does not catch it ends with its exit code.
 
     Attributes:
-        code: 143 after SIGTERM, 130 after SIGINT.
+        exit_code: 143 after SIGTERM, 130 after SIGINT; also `code`, which Python looks at.
     """
 
     def __init__(self, message: str, code: int) -> None:
         """Say what was saved, and how to go on."""
         super().__init__(message)
-        self.code = code
+        self.code = self.exit_code = code
 
 
 class AssetError(MoeAdaptError, OSError):

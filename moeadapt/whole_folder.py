@@ -153,9 +153,10 @@ def _put_files(folder: Path, target: Path) -> None:
             else:
                 os.rename(path, place)
             continue
-        if (settings := folder / LAST).is_file() and (old := target / LAST).is_file():
-            if settings.read_bytes() != old.read_bytes():
-                old.unlink()
+        settings, old = folder / LAST, target / LAST
+        both = settings.is_file() and old.is_file()
+        if both and path != settings and settings.read_bytes() != old.read_bytes():
+            old.unlink()
         os.replace(path, place)
     sync(target)
 

@@ -25,7 +25,7 @@ def reports_errors(verb: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(INTERRUPTED) from None
         except TrainingStopped as stopped:
             typer.echo(str(stopped), err=True)
-            raise typer.Exit(stopped.code) from None
+            raise typer.Exit(stopped.exit_code) from None
         except (ConfigError, UnsupportedError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from None

@@ -49,6 +49,11 @@ class Findings:
         return not (self.damaged or self.missing or self.hostile)
 
 
+def checkpoint_folder(args: Any, state: Any) -> Path:
+    """Return the folder of a stock trainer's checkpoint of now."""
+    return Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+
+
 def write_marker(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the marker of a folder whose files are all there.
 

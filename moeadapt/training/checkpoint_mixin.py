@@ -4,7 +4,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,13 +154,12 @@ class CheckpointMixin(_Trainer):
 
     def _rescue(self, model: nn.Module, trial: Any) -> str | None:
         """Write the checkpoint elsewhere; None if that does not work either."""
-        name = Path(self.args.output_dir).name
+        name = Path(self.args.output_dir or "run").name
         place: list[Any] = [None]
         if self.args.should_save:
-            try:
+            # Without room for a folder there is none for a checkpoint.
+            with suppress(OSError):
                 place = [tempfile.mkdtemp(prefix=f"moeadapt-{name}-")]
-            except OSError:
-                pass
         if self.args.world_size > 1:
             broadcast_object_list(place)
         if place[0] is None:

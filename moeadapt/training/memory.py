@@ -41,8 +41,8 @@ def explain_memory(args: Any, model: nn.Module, inputs: Any) -> str:
     return (
         f"Estimate: {weights / _GIB:.2f} GiB of weights, "
         f"{trained * _GRADIENT_AND_MOMENTS / _GIB:.2f} GiB of gradients and optimizer state"
-        f"{batch}. Lower per_device_train_batch_size (now {args.per_device_train_batch_size}; raise "
-        f"gradient_accumulation_steps by as much), set gradient_checkpointing=true (now "
+        f"{batch}. Lower per_device_train_batch_size (now {args.per_device_train_batch_size}; "
+        f"raise gradient_accumulation_steps by as much), set gradient_checkpointing=true (now "
         f"{str(bool(_checkpoints(args))).lower()}), or lower max_length (now "
         f"{getattr(args, 'max_length', None)})."
     )

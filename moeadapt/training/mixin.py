@@ -138,11 +138,10 @@ class MoETrainerMixin(SafeRunMixin):
         """Follow an optimizer step of the trainer."""
         if self._session is None:
             return
+        forgotten, self._forgotten = self._forgotten, False
         if self.accelerator.optimizer_step_was_skipped:
             self._session.after_skipped_step()
-        elif self._forgotten:
-            self._forgotten = False
-        else:
+        elif not forgotten:
             self._session.after_step()
 
     def forget_step(self) -> None:

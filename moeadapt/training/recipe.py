@@ -48,6 +48,9 @@ class RunArguments:
             `max_grad_norm` has been applied to all gradients; none: not clipped on their own.
         compare_uniform: after each evaluation, warn if learned routing is no better than all
             experts in equal shares; needs `eval_strategy`.
+        on_nonfinite: at NaN or infinity in loss or gradients `stop` the run, or `skip` the step.
+        check_routers: for debugging, stop at the first router whose output is not finite.
+        allow_partial_resume: resume although state is missing, or data and batches changed.
     """
 
     model_name_or_path: str = field(metadata={"help": "Base model."})
@@ -66,6 +69,9 @@ class RunArguments:
     router_weight_decay: float | None = None
     router_max_grad_norm: float | None = None
     compare_uniform: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    check_routers: bool = False
+    allow_partial_resume: bool = False
 
     @property
     def router_options(self) -> RouterOptions:
@@ -75,6 +81,9 @@ class RunArguments:
             weight_decay=self.router_weight_decay,
             max_grad_norm=self.router_max_grad_norm,
         )
+
+
+_FAULT_OPTIONS = ("on_nonfinite", "check_routers", "allow_partial_resume")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +114,9 @@ class Recipe:
         """What our trainers take for the routers; nothing for TRL's own."""
         if not self.is_mixture:
             return {}
-        return {**self.run.router_options.keywords(), "compare_uniform": self.run.compare_uniform}
+        names = ("compare_uniform", *_FAULT_OPTIONS)
+        own = {name: getattr(self.run, name) for name in names}
+        return {**self.run.router_options.keywords(), **own}
 
     @property
     def evaluates(self) -> bool:
@@ -152,6 +163,9 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         raise ConfigError(
             f"{source}: router_* settings, but a plain LoRA has no routers of its own"
         )
+    asked = [name for name in _FAULT_OPTIONS if getattr(run, name) not in (False, "stop")]
+    if asked and isinstance(adapter, LoraConfig):
+        raise ConfigError(f"{source}: {', '.join(asked)} is for mixtures, not for a plain LoRA")
     if run.compare_uniform:
         _check_comparison(goal, adapter, trainer_args, source)
     if goal.data == "prompt":

@@ -90,9 +90,8 @@ def _plain(value: Any) -> Any:
 
 def _sorted_lists(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A set of names is saved as a list in any order."""
-    return {
-        key: sorted(value, key=str)
-        if key.endswith("modules") and isinstance(value, list)
-        else value
-        for key, value in settings.items()
-    }
+    found = dict(settings)
+    for key, value in found.items():
+        if key.endswith("modules") and isinstance(value, list):
+            found[key] = sorted(value, key=str)
+    return found

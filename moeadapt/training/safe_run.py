@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from moeadapt.errors import ConfigError, TrainingError, TrainingStopped
@@ -31,8 +31,7 @@ class SafeRunMixin(CheckpointMixin):
 
     1. `__init__`: the output folder can be written, before anything is loaded into it.
     2. `train`: alone in its folder; resumes only from a complete checkpoint of the same run.
-    3. `training_step`: a batch without tokens is refused, one without labels costs nothing, memory
-       that lacks is explained.
+    3. `training_step`: a batch without labels costs nothing, memory that lacks is explained.
     4. Before each optimizer step: NaN and infinity stop the run or skip the step.
     5. After each optimizer step: SIGTERM and SIGINT save a checkpoint and stop the run.
     """
@@ -71,6 +70,7 @@ class SafeRunMixin(CheckpointMixin):
                 "the training data has no rows, or none is left that has a label; check the "
                 "columns, the masks and max_length"
             )
+        self._guard = NonfiniteGuard(self._guard.policy)
         self._facts = run_facts(self.args, rows)
         with self._alone(), self._signals.listen():
             self._resumed = self._choose(resume_from_checkpoint)
@@ -126,12 +126,6 @@ class SafeRunMixin(CheckpointMixin):
     ) -> torch.Tensor:
         """See `transformers.Trainer.training_step`."""
         step = self.state.global_step + 1
-        ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-        if isinstance(ids, Tensor) and ids.numel() == 0:
-            raise TrainingError(
-                f"the batch of optimizer step {step} has no tokens: input_ids is "
-                f"{tuple(ids.shape)}; remove empty rows from the data"
-            )
         if num_items_in_batch is not None:
             # Without a label the loss is 0 / 0; of 0 / 1 the gradient is 0, that of routers stays.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)

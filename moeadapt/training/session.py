@@ -142,7 +142,16 @@ class Session:
 
     def counts(self) -> dict[str, Tensor]:
         """Return the counts since the last log, over all processes; each must call it."""
-        return {name: _sum_over_processes(own) for name, own in router_counts(self.model).items()}
+        heads, own = heads_of(self.model), router_counts(self.model)
+        if not heads:
+            return {}
+        sizes = [head.packed_size for head in heads.values()]
+        parts = [
+            own.get(name, torch.zeros(size, device=self._device))
+            for name, size in zip(heads, sizes, strict=True)
+        ]
+        sums = _sum_over_processes(torch.cat(parts)).split(sizes)
+        return {name: counts for name, counts in zip(heads, sums, strict=True) if name in own}
 
     def go_on(self, skipped_steps: int, counts: Mapping[str, Tensor]) -> None:
         """Go on from an earlier session.
