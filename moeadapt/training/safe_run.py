@@ -154,6 +154,13 @@ class SafeRunMixin(CheckpointMixin):
             model, lambda: self.compute_loss(model, self._prepare_inputs(dict(inputs)))
         )
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Do no step beyond the last: transformers looks only after one."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def before_optimizer_step(self) -> None:
         """Look at losses and gradients of an optimizer step of the trainer."""
         scaler: Any = self.accelerator.scaler
