@@ -1,6 +1,7 @@
 """`PeftModel.save_pretrained` of an adapter of ours: the folder is the old one or the new one."""
 
 import functools
+import os
 from typing import Any
 
 from peft import PeftModel
@@ -22,10 +23,10 @@ def save_whole() -> None:
         return
 
     @functools.wraps(original)
-    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         ours = any(isinstance(config, MoeLoraConfig) for config in self.peft_config.values())
         if not ours or not kwargs.get("is_main_process", True):
-            return original(self, save_directory, *args, **kwargs)
+            return original(self, str(save_directory), *args, **kwargs)
         with whole_folder(save_directory) as folder:
             return original(self, str(folder), *args, **kwargs)
 

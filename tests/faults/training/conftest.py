@@ -1,4 +1,4 @@
-"""Other libraries may warn while they train; our own warnings fail a test that does not expect it."""
+"""Other libraries may warn while they train; an unexpected warning of ours fails a test."""
 
 import pytest
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner
+import typer
+import typer.main
 
-from moeadapt.cli import app
+from moeadapt.cli.train import train
 from moeadapt.errors import ConfigError, TrainingError, TrainingStopped
 from moeadapt.training import find_checkpoint
 from moeadapt.training.output_folder import alone_in
@@ -83,12 +84,8 @@ def test_fault_092_093_a_signal_saves_a_checkpoint_and_stops_and_resuming_is_bit
     config = moe(**DRIFTING)
     whole = run(tmp_path / "whole", config=config, saves=False)
     whole.train()
-    stopped = run(
-        tmp_path / "run",
-        config=config,
-        saves=saves,
-        callbacks=[At("on_step_begin", 2, send(number))],
-    )
+    strike = At("on_step_begin", 2, send(number))
+    stopped = run(tmp_path / "run", config=config, saves=saves, callbacks=[strike])
     with pytest.raises(TrainingStopped, match=r"after optimizer step 2.*checkpoint-2") as caught:
         stopped.train()
     assert caught.value.exit_code == caught.value.code == code
@@ -131,11 +128,22 @@ def recipe(folder: Path, *flags: str) -> list[str]:
         "moe.num_experts": 4,
     }
     words = [word for name, value in fields.items() for word in (f"--{name}", str(value))]
-    return ["train", "sft", *words, *flags]
+    return [*words, *flags]
+
+
+def command_line(arguments: list[str]) -> int:
+    """Do what `moeadapt train sft` does with the arguments; return its exit code."""
+    context = typer.Context(typer.main.TyperCommand("train"))
+    context.args = arguments
+    try:
+        train(context, "sft", None)
+    except typer.Exit as end:
+        return end.exit_code
+    return 0
 
 
 def test_fault_092_the_command_line_stops_resumes_and_answers_with_exit_codes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = SafeRunMixin.before_optimizer_step
 
@@ -146,26 +154,24 @@ def test_fault_092_the_command_line_stops_resumes_and_answers_with_exit_codes(
 
     with monkeypatch.context() as patched:
         patched.setattr(SafeRunMixin, "before_optimizer_step", strike)
-        stopped = CliRunner().invoke(app, recipe(tmp_path))
-    assert stopped.exit_code == 143, stopped.output
-    assert "checkpoint-2" in stopped.output
+        assert command_line(recipe(tmp_path)) == 143
+    assert "checkpoint-2. Go on with" in capsys.readouterr().err
     (tmp_path / "run" / "checkpoint-2" / "optimizer.pt").unlink()
     last = ("--resume_from_checkpoint", "last")
-    refused = CliRunner().invoke(app, recipe(tmp_path, *last))
-    assert refused.exit_code == 1, refused.output
-    assert "has no optimizer.pt" in refused.output
+    assert command_line(recipe(tmp_path, *last)) == 1
+    assert "has no optimizer.pt" in capsys.readouterr().err
     with pytest.warns(UserWarning, match="fresh state"):
-        done = CliRunner().invoke(app, recipe(tmp_path, *last, "--allow-partial-resume"))
-    assert done.exit_code == 0, done.output
+        assert command_line(recipe(tmp_path, *last, "--allow-partial-resume")) == 0
     assert (tmp_path / "run" / "checkpoint-3").is_dir()
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
-def test_fault_050_the_command_line_refuses_before_it_loads_anything(tmp_path: Path) -> None:
+def test_fault_050_the_command_line_refuses_before_it_loads_anything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     flags = ("--output_dir", str(a_file(tmp_path)), "--model_name_or_path", "none/such")
-    refused = CliRunner().invoke(app, recipe(tmp_path, *flags))
-    assert refused.exit_code == 2, refused.output
-    assert "cannot be used" in refused.output
+    assert command_line(recipe(tmp_path, *flags)) == 2
+    assert "cannot be used" in capsys.readouterr().err
 
 
 def hold(folder: str, ready: Any, done: Any) -> None:
