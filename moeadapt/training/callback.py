@@ -200,7 +200,7 @@ class MoeAdaptCallback(TrainerCallback):
         """Let routers and losses follow the optimizer step."""
         assert self._session is not None
         forgotten, self._forgotten = self._forgotten, False
-        if getattr(optimizer, "step_was_skipped", False):
+        if self._session.was_skipped(optimizer, getattr(optimizer, "scaler", None)):
             self._session.after_skipped_step()
         elif not forgotten:
             self._session.after_step()

@@ -131,7 +131,7 @@ def _adapter_problems(folder: Path) -> list[str]:
                 weights.keys()
         except FileNotFoundError:
             problems.append(f"{WEIGHTS} is missing")
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, RuntimeError) as error:
             problems.append(f"{WEIGHTS} is cut off or damaged ({error})")
         try:
             json.loads((home / SETTINGS).read_text(encoding="utf-8"))

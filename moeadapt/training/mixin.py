@@ -139,7 +139,7 @@ class MoETrainerMixin(SafeRunMixin):
         if self._session is None:
             return
         forgotten, self._forgotten = self._forgotten, False
-        if self.accelerator.optimizer_step_was_skipped:
+        if self._session.was_skipped(self.optimizer, self.accelerator.scaler):
             self._session.after_skipped_step()
         elif not forgotten:
             self._session.after_step()

@@ -21,7 +21,13 @@ from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.training.objectives import OBJECTIVES, Objective
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.rewards import get_reward
-from moeadapt.training.settings import read_flags, read_yaml, set_nested
+from moeadapt.training.settings import (
+    FAULT_OPTIONS,
+    read_flags,
+    read_yaml,
+    refuse_fault_options,
+    set_nested,
+)
 from moeadapt.tuner.config import MoeLoraConfig
 
 
@@ -83,9 +89,6 @@ class RunArguments:
         )
 
 
-_FAULT_OPTIONS = ("on_nonfinite", "check_routers", "allow_partial_resume")
-
-
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """A checked run.
@@ -114,7 +117,7 @@ class Recipe:
         """What our trainers take for the routers; nothing for TRL's own."""
         if not self.is_mixture:
             return {}
-        names = ("compare_uniform", *_FAULT_OPTIONS)
+        names = ("compare_uniform", *FAULT_OPTIONS)
         own = {name: getattr(self.run, name) for name in names}
         return {**self.run.router_options.keywords(), **own}
 
@@ -163,9 +166,8 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         raise ConfigError(
             f"{source}: router_* settings, but a plain LoRA has no routers of its own"
         )
-    asked = [name for name in _FAULT_OPTIONS if getattr(run, name) not in (False, "stop")]
-    if asked and isinstance(adapter, LoraConfig):
-        raise ConfigError(f"{source}: {', '.join(asked)} is for mixtures, not for a plain LoRA")
+    if isinstance(adapter, LoraConfig):
+        refuse_fault_options(run, source)
     if run.compare_uniform:
         _check_comparison(goal, adapter, trainer_args, source)
     if goal.data == "prompt":

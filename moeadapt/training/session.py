@@ -71,6 +71,7 @@ class Session:
         self._device = device
         self._step = 0
         self.skipped_steps = 0
+        self._amp_scale = 1.0
         self._keeps_counts = keeps_counts
         self._counts_before: dict[str, Tensor] | None = None
         self._health = RouterHealth()
@@ -109,8 +110,21 @@ class Session:
             scaler: a GradScaler, or None; it counts only while enabled.
             accumulation_steps: micro-batches of this optimizer step.
         """
-        amp_scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        self.context.set_scale(amp_scale / max(accumulation_steps, 1))
+        self._amp_scale = _amp_scale(scaler)
+        self.context.set_scale(self._amp_scale / max(accumulation_steps, 1))
+
+    def was_skipped(self, optimizer: Any, scaler: Any) -> bool:
+        """Return whether the GradScaler skipped the optimizer step, and let the trainer know.
+
+        accelerate does not notice it with a fused optimizer, which looks after it in its own
+        kernel, and the schedule of the learning rate would go on. A smaller scale tells.
+        """
+        if getattr(optimizer, "step_was_skipped", False):
+            return True
+        skipped = _amp_scale(scaler) < self._amp_scale
+        if skipped and hasattr(optimizer, "_is_overflow"):
+            optimizer._is_overflow = True
+        return skipped
 
     def metrics(self) -> dict[str, float]:
         """Return `router_metrics` since the last call, over all processes; each must call it.
@@ -283,6 +297,10 @@ def _check_edits(heads: Mapping[str, RouterHead]) -> None:
             f"router {editing[0]!r} adds and removes experts while it trains, and under "
             f"{kind.value} no process holds its whole gate; use DDP, or a router option every=0"
         )
+
+
+def _amp_scale(scaler: Any) -> float:
+    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
 
 
 def _sum_over_processes(packed: Tensor) -> Tensor:

@@ -23,7 +23,9 @@ def save_whole() -> None:
         return
 
     @functools.wraps(original)
-    def save_pretrained(self: PeftModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self: PeftModel, save_directory: str | os.PathLike, *args: Any, **kwargs: Any
+    ) -> None:
         ours = any(isinstance(config, MoeLoraConfig) for config in self.peft_config.values())
         if not ours or not kwargs.get("is_main_process", True):
             return original(self, str(save_directory), *args, **kwargs)

@@ -4,6 +4,7 @@ Run as `python -m tests.faults.training.killed FOLDER COUNT`. It forks, so that 
 imported once, and never trains itself: autograd does not survive a fork.
 """
 
+import gc
 import json
 import os
 import random
@@ -56,13 +57,14 @@ def fork(work: Callable[[], None]) -> int:
     return child
 
 
-def killed(out: Path, events: int | None, delay: float) -> tuple[bool, int]:
+def killed(trainer: Any, out: Path, events: int | None, delay: float) -> tuple[bool, int]:
     """Train and kill; return whether it was killed in time, and the last step that was reported."""
     reader, writer = os.pipe()
 
     def train() -> None:
-        callbacks = [Report(writer, events)]
-        run(out, max_steps=STEPS, save_total_limit=KEPT, callbacks=callbacks).train()
+        trainer.args.output_dir = str(out)
+        trainer.add_callback(Report(writer, events))
+        trainer.train()
 
     child = fork(train)
     os.close(writer)
@@ -77,13 +79,14 @@ def killed(out: Path, events: int | None, delay: float) -> tuple[bool, int]:
     return os.WIFSIGNALED(status), max(steps, default=0)
 
 
-def check(out: Path, reported: int) -> int:
+def check(trainer: Any, out: Path, reported: int) -> int:
     """Check that the last good state is there and that a run goes on from it; return its step."""
     found = int(Path(find_checkpoint(out)).name.removeprefix("checkpoint-"))
     assert found >= reported, (found, reported)
 
     def go_on() -> None:
-        run(out, max_steps=found + 1, save_total_limit=KEPT).train(resume_from_checkpoint=True)
+        trainer.args.output_dir, trainer.args.max_steps = str(out), found + 1
+        trainer.train(resume_from_checkpoint=True)
 
     assert os.waitpid(fork(go_on), 0)[1] == 0, "cannot go on"
     assert hidden(out) == [], hidden(out)
@@ -97,14 +100,16 @@ def main(folder: Path, count: int) -> None:
     """Print how many runs were killed, how many of them left something unfinished, and where."""
     torch.set_num_threads(1)
     chance = random.Random(0)
+    trainer = run(folder / "none", max_steps=STEPS, save_total_limit=KEPT)
+    gc.freeze()  # a collection in a child would copy every page
     struck, unfinished, steps = 0, 0, []
     for i in range(count):
         out = folder / str(i)
         events = chance.randrange(400) if i % 2 == 0 else None
-        was, reported = killed(out, events, chance.uniform(0.0, 0.4))
+        was, reported = killed(trainer, out, events, chance.uniform(0.0, 0.4))
         struck += was
         unfinished += bool(hidden(out))
-        steps.append(check(out, reported))
+        steps.append(check(trainer, out, reported))
     print(json.dumps({"killed": struck, "unfinished": unfinished, "steps": steps}))
 
 
