@@ -117,8 +117,7 @@ class Recipe:
         """What our trainers take for the routers; nothing for TRL's own."""
         if not self.is_mixture:
             return {}
-        names = ("compare_uniform", *FAULT_OPTIONS)
-        own = {name: getattr(self.run, name) for name in names}
+        own = {name: getattr(self.run, name) for name in ("compare_uniform", *FAULT_OPTIONS)}
         return {**self.run.router_options.keywords(), **own}
 
     @property
@@ -154,7 +153,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
     known = {f.name for cls in (RunArguments, config_class) for f in fields(cls) if f.init}
     _refuse_unknown(values, known | set(_SECTIONS), lambda key: places.get(key, "flags"))
     adapter = _adapter(values, places, goal)
-    source = " and ".join(filter(None, [config, "flags" if flags else None])) or "defaults"
+    source = " and ".join([*filter(None, [config]), *(["flags"] if flags else [])]) or "defaults"
     run, trainer_args = _parse_flat(config_class, values, source)
     if run.load_in_4bit and run.load_in_8bit:
         raise ConfigError(f"{source}: load_in_4bit and load_in_8bit exclude each other")
@@ -166,8 +165,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         raise ConfigError(
             f"{source}: router_* settings, but a plain LoRA has no routers of its own"
         )
-    if isinstance(adapter, LoraConfig):
-        refuse_fault_options(run, source)
+    refuse_fault_options(run, adapter, source)
     if run.compare_uniform:
         _check_comparison(goal, adapter, trainer_args, source)
     if goal.data == "prompt":
@@ -201,13 +199,9 @@ def parse_script(objective: str, argv: Sequence[str]) -> Recipe:
                 f"run it with `moeadapt train {objective}`"
             )
     except ConfigError as error:
-        raise SystemExit(_say(error)) from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     return recipe
-
-
-def _say(error: ConfigError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 def _settings_of(config_class: type) -> set[str]:

@@ -15,9 +15,9 @@ from moeadapt.training.health import RouterHealth
 from moeadapt.training.metrics import router_metrics, schedule_metrics
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.router_step import RouterStep, attach_optimizer
+from moeadapt.training.sharding import OWN_STEP, SHARDED, check_edits, check_sharding
 from moeadapt.training.uniform_check import compare_with_uniform
 from moeadapt.tuner.context import RoutingContext, find_context
-from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.inspect import (
     after_optimizer_step,
     balance_of,
@@ -28,12 +28,6 @@ from moeadapt.tuner.inspect import (
     set_router_counts,
     step_schedule,
 )
-
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
-"""Here parameters are not whole tensors, and the wrapper keeps its own float32 copy of them."""
-
-_OWN_STEP = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Here the optimizer is not torch's, and steps in its own way."""
 
 
 class Session:
@@ -84,10 +78,10 @@ class Session:
             head.followed_step = None
         schedules = [head.schedule for head in heads.values() if head.schedule is not None]
         acts = options.own_group or any(schedule.acts_on_optimizer for schedule in schedules)
-        _check_sharding(acts, options.max_grad_norm is not None)
-        _check_edits(heads)
+        check_sharding(acts, options.max_grad_norm is not None)
+        check_edits(heads)
         self._attached: RouterStep | None = None
-        if AcceleratorState().distributed_type not in _OWN_STEP:
+        if AcceleratorState().distributed_type not in OWN_STEP:
             self._attached = attach_optimizer(
                 model,
                 optimizer,
@@ -271,32 +265,6 @@ def restore_routers(model: nn.Module, *, wrapped: bool = False) -> None:
         )
     for parameter in low:
         parameter.data = parameter.data.float()
-
-
-def _check_sharding(acts_on_optimizer: bool, clips: bool) -> None:
-    kind = AcceleratorState().distributed_type
-    if kind in _OWN_STEP and (acts_on_optimizer or clips):
-        raise TrainingError(
-            f"under {kind.value} the optimizer steps in its own way, so routers cannot be frozen "
-            "or warmed up by the schedule, and MoeAdaptCallback has no learning rate, weight decay "
-            "or gradient norm for them; use DDP or FSDP. A trainer of moeadapt.training has "
-            "router_learning_rate and router_weight_decay also here"
-        )
-    if kind in SHARDED and clips:
-        raise TrainingError(
-            f"under {kind.value} each process sees a part of the routers' gradients, whose norm "
-            "is not theirs; leave router_max_grad_norm out, or use DDP"
-        )
-
-
-def _check_edits(heads: Mapping[str, RouterHead]) -> None:
-    kind = AcceleratorState().distributed_type
-    editing = [name for name, head in heads.items() if head.router.acts_after_step]
-    if kind in SHARDED and editing:
-        raise TrainingError(
-            f"router {editing[0]!r} adds and removes experts while it trains, and under "
-            f"{kind.value} no process holds its whole gate; use DDP, or a router option every=0"
-        )
 
 
 def _amp_scale(scaler: Any) -> float:

@@ -51,14 +51,14 @@ FAULT_OPTIONS = ("on_nonfinite", "check_routers", "allow_partial_resume")
 """Settings of a run that say what happens at a fault; trainers of mixtures take them."""
 
 
-def refuse_fault_options(run: Any, source: str) -> None:
+def refuse_fault_options(run: Any, adapter: Any, source: str) -> None:
     """Refuse them for a plain LoRA, whose trainer is TRL's own.
 
     Raises:
         ConfigError: one of them is set.
     """
     asked = [name for name in FAULT_OPTIONS if getattr(run, name) not in (False, "stop")]
-    if asked:
+    if asked and adapter.peft_type == "LORA":
         raise ConfigError(f"{source}: {', '.join(asked)} is for mixtures, not for a plain LoRA")
 
 
