@@ -18,16 +18,11 @@ from peft import LoraConfig, PeftConfig
 from transformers import HfArgumentParser
 
 from moeadapt.errors import ConfigError, did_you_mean
+from moeadapt.training import settings as sections
 from moeadapt.training.objectives import OBJECTIVES, Objective
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.rewards import get_reward
-from moeadapt.training.settings import (
-    FAULT_OPTIONS,
-    read_flags,
-    read_yaml,
-    refuse_fault_options,
-    set_nested,
-)
+from moeadapt.training.settings import FAULT_OPTIONS, read_flags, read_yaml, set_nested
 from moeadapt.tuner.config import MoeLoraConfig
 
 
@@ -165,7 +160,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         raise ConfigError(
             f"{source}: router_* settings, but a plain LoRA has no routers of its own"
         )
-    refuse_fault_options(run, adapter, source)
+    sections.refuse_fault_options(run, adapter, source)
     if run.compare_uniform:
         _check_comparison(goal, adapter, trainer_args, source)
     if goal.data == "prompt":

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -29,7 +30,7 @@ def save_whole() -> None:
         ours = any(isinstance(config, MoeLoraConfig) for config in self.peft_config.values())
         if not ours or not kwargs.get("is_main_process", True):
             return original(self, str(save_directory), *args, **kwargs)
-        with whole_folder(save_directory) as folder:
+        with whole_folder(Path(save_directory)) as folder:
             return original(self, str(folder), *args, **kwargs)
 
     setattr(save_pretrained, _MARK, True)
