@@ -33,6 +33,21 @@ class TrainingError(MoeAdaptError, RuntimeError):
     """A training run would go wrong silently if it went on."""
 
 
+class TrainingStopped(MoeAdaptError, SystemExit):
+    """A signal stopped the training, after a complete checkpoint.
+
+    A script that does not catch it ends with its exit code.
+
+    Attributes:
+        exit_code: 143 after SIGTERM, 130 after SIGINT; also `code`, which Python looks at.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        """Say what was saved, and how to go on."""
+        super().__init__(message)
+        self.code = self.exit_code = code
+
+
 class AssetError(MoeAdaptError, OSError):
     """A file that has to be downloaded or converted could not be had, or is not what it claims."""
 

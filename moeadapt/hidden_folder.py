@@ -83,7 +83,7 @@ class HiddenFolder:
         for folder, _, files in os.walk(self.path, topdown=False):
             for path in (*sorted(Path(folder, file) for file in files), Path(folder)):
                 with writing(path):
-                    _sync(path)
+                    sync(path)
         with writing(self._out_dir):
             try:
                 os.rename(self.path, self._out_dir)
@@ -95,7 +95,7 @@ class HiddenFolder:
                 ) from error
         self._finished = True
         with writing(self._out_dir.parent):
-            _sync(self._out_dir.parent)
+            sync(self._out_dir.parent)
 
     def leave(self) -> None:
         """Let go of the folder; remove it unless it was finished."""
@@ -166,7 +166,12 @@ def check_folder(out_dir: str | Path, need: int = 0) -> None:
 
 def remove_leftovers(out_dir: Path) -> None:
     """Remove the hidden folders that killed runs left beside `out_dir`; not those in use."""
-    for folder in out_dir.parent.glob(f".{glob.escape(out_dir.name)}.partial-*"):
+    remove_hidden(out_dir.parent, glob.escape(out_dir.name))
+
+
+def remove_hidden(parent: Path, pattern: str) -> None:
+    """Remove what killed runs left in `parent` of folders whose names match `pattern`."""
+    for folder in parent.glob(f".{pattern}.partial-*"):
         try:
             lock = _lock(folder)
         except OSError:
@@ -213,7 +218,8 @@ def writing(path: Path) -> Iterator[None]:
         raise ExportError(f"cannot write {path}: {error.strerror or error}; {hint}") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the list of names of a folder, is on the disk."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

@@ -6,7 +6,7 @@ from typing import ParamSpec
 
 import typer
 
-from moeadapt.errors import ConfigError, MoeAdaptError, UnsupportedError
+from moeadapt.errors import ConfigError, MoeAdaptError, TrainingStopped, UnsupportedError
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -23,6 +23,9 @@ def reports_errors(verb: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None
+        except TrainingStopped as stopped:
+            typer.echo(str(stopped), err=True)
+            raise typer.Exit(stopped.exit_code) from None
         except (ConfigError, UnsupportedError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(WRONG_INPUT) from None

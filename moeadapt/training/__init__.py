@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from moeadapt.training.metrics import router_metrics as router_metrics
     from moeadapt.training.mixin import MoETrainerMixin as MoETrainerMixin
     from moeadapt.training.param_groups import split_router_params as split_router_params
+    from moeadapt.training.resume import find_checkpoint as find_checkpoint
     from moeadapt.training.trainers import MoEDPOTrainer as MoEDPOTrainer
     from moeadapt.training.trainers import MoEGRPOTrainer as MoEGRPOTrainer
     from moeadapt.training.trainers import MoEKTOTrainer as MoEKTOTrainer
@@ -27,6 +28,7 @@ _HOME = {
     "MoESFTTrainer": "moeadapt.training.trainers",
     "MoETrainerMixin": "moeadapt.training.mixin",
     "MoeAdaptCallback": "moeadapt.training.callback",
+    "find_checkpoint": "moeadapt.training.resume",
     "router_metrics": "moeadapt.training.metrics",
     "split_router_params": "moeadapt.training.param_groups",
 }

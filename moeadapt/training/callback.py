@@ -5,14 +5,23 @@ import math
 import warnings
 from typing import Any
 
+from accelerate.state import PartialState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
+from moeadapt.training.checkpoint_files import (
+    MARKER,
+    checkpoint_folder,
+    read_marker,
+    write_marker,
+)
+from moeadapt.training.nonfinite import NonfiniteGuard
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.session import Session, check_setup, restore_routers
 from moeadapt.tuner.context import find_context
+from moeadapt.whole_folder import give_modes
 
 
 class MoeAdaptCallback(TrainerCallback):
@@ -28,6 +37,9 @@ class MoeAdaptCallback(TrainerCallback):
        logs in the order of the callbacks, so this one moves itself to the front. Routers that go
        wrong cause a `RoutingWarning`, each symptom once (see `RouterHealth`).
     6. After each evaluation, with `compare_uniform`: see `compare_with_uniform`.
+    7. Before each optimizer step: gradients that are NaN or infinite stop the run or skip the step
+       (see `NonfiniteGuard`); a step that a GradScaler skips counts for nothing.
+    8. After each save: the marker of a complete checkpoint, which `find_checkpoint` reads.
 
     Raises:
         ConfigError: an option is out of range, see `RouterOptions`; at the start of training, the
@@ -46,6 +58,7 @@ class MoeAdaptCallback(TrainerCallback):
         router_weight_decay: float | None = None,
         router_max_grad_norm: float | None = None,
         compare_uniform: bool = False,
+        on_nonfinite: str = "stop",
     ) -> None:
         """Set what is different for routers.
 
@@ -57,7 +70,10 @@ class MoeAdaptCallback(TrainerCallback):
                 clipped on their own.
             compare_uniform: after each evaluation, compute up to 8 of its batches twice more, and
                 warn once if learned routing is no better than all experts in equal shares.
+            on_nonfinite: what to do at NaN or infinity in the gradients: `stop` or `skip`.
         """
+        self._guard = NonfiniteGuard(on_nonfinite)
+        self._forgotten = False
         self._compare_uniform = compare_uniform
         self._options = RouterOptions(
             learning_rate=router_learning_rate,
@@ -95,8 +111,17 @@ class MoeAdaptCallback(TrainerCallback):
         assert model is not None
         check_setup(model, args.n_gpu)
         self._session = Session(
-            model, args.device, optimizer, self._options, compare_uniform=self._compare_uniform
+            model,
+            args.device,
+            optimizer,
+            self._options,
+            compare_uniform=self._compare_uniform,
+            keeps_counts=args.fp16 or self._guard.policy == "skip",
         )
+        if state.global_step > 0:
+            # No event says which checkpoint it was, but it is named after its step.
+            marker = read_marker(checkpoint_folder(args, state))
+            self._session.go_on(int(marker.get("skipped_steps", 0)), {})
         restore_routers(model, wrapped=True)
         self._resuming = True
         _move_to_front(self)
@@ -144,12 +169,53 @@ class MoeAdaptCallback(TrainerCallback):
                 steps = self._epoch_length % steps or steps
         self._session.set_scale(getattr(optimizer, "scaler", None), steps)
 
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the gradients."""
+        assert model is not None
+        assert self._session is not None
+        scaler = getattr(optimizer, "scaler", None)
+        scaled = scaler is not None and scaler.is_enabled()
+        found = self._guard.find(model, scaled=scaled, world_size=args.world_size)
+        if found:
+            self._forgotten = True
+            self._session.forget_step()
+            self._guard.act(found, model, state.global_step + 1, scaled=scaled)
+
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         """Let routers and losses follow the optimizer step."""
         assert self._session is not None
-        self._session.after_step()
+        forgotten, self._forgotten = self._forgotten, False
+        if self._session.was_skipped(optimizer, getattr(optimizer, "scaler", None)):
+            self._session.after_skipped_step()
+        elif not forgotten:
+            self._session.after_step()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark the checkpoint as complete."""
+        folder = checkpoint_folder(args, state)
+        PartialState().wait_for_everyone()
+        # A trainer of ours has marked it.
+        if args.should_save and folder.is_dir() and not (folder / MARKER).exists():
+            skipped = 0 if self._session is None else self._session.skipped_steps
+            give_modes(folder)
+            write_marker(folder, {"step": state.global_step, "skipped_steps": skipped})
 
     def on_log(
         self,

@@ -1,21 +1,22 @@
 """`MoETrainerMixin`: in front of any trainer that derives from `transformers.Trainer`."""
 
-from typing import TYPE_CHECKING, Any
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from moeadapt.training.checkpoint_files import COUNTS, read_marker
+from moeadapt.training.nonfinite import checked_routers
 from moeadapt.training.param_groups import RouterOptions, split_router_params
+from moeadapt.training.safe_run import SafeRunMixin
 from moeadapt.training.session import Session, check_setup, require_adapter, restore_routers
 
-if TYPE_CHECKING:
-    from transformers import Trainer as _Trainer
-else:
-    _Trainer = object  # the real base class comes second: class X(MoETrainerMixin, SFTTrainer)
 
-
-class MoETrainerMixin(_Trainer):
+class MoETrainerMixin(SafeRunMixin):
     """Gives the routers what they need from a trainer; the losses stay the trainer's own.
 
     1. `train`: routers are float32 again before the optimizer and any wrapper are made.
@@ -26,17 +27,19 @@ class MoETrainerMixin(_Trainer):
     5. `log`: `moe/` metrics beside the loss (see `router_metrics`), for every `report_to`. Routers
        that go wrong cause a `RoutingWarning`, each symptom once (see `RouterHealth`).
     6. After each evaluation while training, with `compare_uniform`: see `compare_with_uniform`.
+    7. Checkpoints, resuming, NaN, signals, memory: see `SafeRunMixin`.
 
     Raises:
-        ConfigError: the model has no mixture of LoRA experts; in `train`, see `RouterOptions`.
-        TrainingError: in `train`, see `check_setup`, `Session` and `compare_with_uniform`.
+        ConfigError: the model has no mixture of LoRA experts, the output folder cannot be written,
+            or an option is unknown; in `train`, see `RouterOptions` and `SafeRunMixin`.
+        TrainingError: in `train`, see `check_setup`, `Session`, `compare_with_uniform` and
+            `SafeRunMixin`.
+        TrainingStopped: in `train`, after SIGTERM or SIGINT, and a complete checkpoint.
 
     Example:
         >>> class MoESFTTrainer(MoETrainerMixin, trl.SFTTrainer): ...
         >>> MoESFTTrainer(model, train_dataset=rows, peft_config=MoeLoraConfig()).train()
     """
-
-    model: Any
 
     def __init__(
         self,
@@ -45,6 +48,7 @@ class MoETrainerMixin(_Trainer):
         router_weight_decay: float | None = None,
         router_max_grad_norm: float | None = None,
         compare_uniform: bool = False,
+        check_routers: bool = False,
         **kwargs: Any,
     ) -> None:
         """Pass everything on to the trainer.
@@ -58,10 +62,18 @@ class MoETrainerMixin(_Trainer):
             compare_uniform: after each evaluation while training, compute up to 8 of its batches
                 twice more, and warn once if learned routing is no better than all experts in equal
                 shares.
-            kwargs: the trainer's own.
+            check_routers: for debugging, stop at the first router whose output is NaN or infinite,
+                and name it; waits for the device after each router.
+            kwargs: the trainer's own; and `on_nonfinite`, what to do at NaN or infinity in loss or
+                gradients: `stop` the run (the default) or `skip` the optimizer step; and
+                `allow_partial_resume`, whether to resume although state of the optimizer, the
+                schedule, the random generators or the GradScaler is missing, or data and batches
+                changed.
         """
         self._session: Session | None = None
+        self._forgotten = False
         self._compare_uniform = compare_uniform
+        self._check_routers = check_routers
         self._router_options = {
             "learning_rate": router_learning_rate,
             "weight_decay": router_weight_decay,
@@ -77,8 +89,10 @@ class MoETrainerMixin(_Trainer):
         check_setup(self.model, self.args.n_gpu)
         restore_routers(self.model)
         self._session = None
+        checked = checked_routers(self.model) if self._check_routers else nullcontext()
         try:
-            return super().train(*args, **kwargs)
+            with checked:
+                return super().train(*args, **kwargs)
         finally:
             if self._session is not None:
                 self._session.end()
@@ -110,7 +124,9 @@ class MoETrainerMixin(_Trainer):
                 optimizer,
                 options,
                 compare_uniform=self._compare_uniform,
+                keeps_counts=self.accelerator.scaler is not None or self._guard.policy == "skip",
             )
+            self._go_on(self._session)
         self._session.start_step(self.state.global_step)
         steps = getattr(
             self, "current_gradient_accumulation_steps", self.args.gradient_accumulation_steps
@@ -120,8 +136,38 @@ class MoETrainerMixin(_Trainer):
 
     def after_optimizer_step(self) -> None:
         """Follow an optimizer step of the trainer."""
-        if self._session is not None:
+        if self._session is None:
+            return
+        forgotten, self._forgotten = self._forgotten, False
+        if self._session.was_skipped(self.optimizer, self.accelerator.scaler):
+            self._session.after_skipped_step()
+        elif not forgotten:
             self._session.after_step()
+
+    def forget_step(self) -> None:
+        """See `SafeRunMixin.forget_step`."""
+        self._forgotten = True
+        if self._session is not None:
+            self._session.forget_step()
+
+    def _go_on(self, session: Session) -> None:
+        """Take over the counts of the run that is resumed."""
+        if self._resumed is None:
+            return
+        counts = self._resumed / COUNTS
+        found = load_file(counts) if counts.is_file() and self.args.process_index == 0 else {}
+        session.go_on(int(read_marker(self._resumed).get("skipped_steps", 0)), found)
+
+    def checkpoint_facts(self) -> dict[str, Any]:
+        """See `CheckpointMixin.checkpoint_facts`."""
+        skipped = 0 if self._session is None else self._session.skipped_steps
+        return {**super().checkpoint_facts(), "skipped_steps": skipped}
+
+    def write_extra_state(self, folder: Path) -> None:
+        """See `CheckpointMixin.write_extra_state`."""
+        counts = {} if self._session is None else self._session.counts()
+        if counts and self.args.should_save:
+            save_file({name: own.cpu() for name, own in counts.items()}, folder / COUNTS)
 
     def after_evaluation(self, batches: Any) -> None:
         """Follow an evaluation of the trainer."""

@@ -18,10 +18,11 @@ from peft import LoraConfig, PeftConfig
 from transformers import HfArgumentParser
 
 from moeadapt.errors import ConfigError, did_you_mean
+from moeadapt.training import settings as sections
 from moeadapt.training.objectives import OBJECTIVES, Objective
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.rewards import get_reward
-from moeadapt.training.settings import read_flags, read_yaml, set_nested
+from moeadapt.training.settings import FAULT_OPTIONS, read_flags, read_yaml, set_nested
 from moeadapt.tuner.config import MoeLoraConfig
 
 
@@ -48,6 +49,9 @@ class RunArguments:
             `max_grad_norm` has been applied to all gradients; none: not clipped on their own.
         compare_uniform: after each evaluation, warn if learned routing is no better than all
             experts in equal shares; needs `eval_strategy`.
+        on_nonfinite: at NaN or infinity in loss or gradients `stop` the run, or `skip` the step.
+        check_routers: for debugging, stop at the first router whose output is not finite.
+        allow_partial_resume: resume although state is missing, or data and batches changed.
     """
 
     model_name_or_path: str = field(metadata={"help": "Base model."})
@@ -66,6 +70,9 @@ class RunArguments:
     router_weight_decay: float | None = None
     router_max_grad_norm: float | None = None
     compare_uniform: bool = False
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    check_routers: bool = False
+    allow_partial_resume: bool = False
 
     @property
     def router_options(self) -> RouterOptions:
@@ -105,7 +112,8 @@ class Recipe:
         """What our trainers take for the routers; nothing for TRL's own."""
         if not self.is_mixture:
             return {}
-        return {**self.run.router_options.keywords(), "compare_uniform": self.run.compare_uniform}
+        own = {name: getattr(self.run, name) for name in ("compare_uniform", *FAULT_OPTIONS)}
+        return {**self.run.router_options.keywords(), **own}
 
     @property
     def evaluates(self) -> bool:
@@ -140,7 +148,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
     known = {f.name for cls in (RunArguments, config_class) for f in fields(cls) if f.init}
     _refuse_unknown(values, known | set(_SECTIONS), lambda key: places.get(key, "flags"))
     adapter = _adapter(values, places, goal)
-    source = " and ".join(filter(None, [config, "flags" if flags else None])) or "defaults"
+    source = " and ".join([*filter(None, [config]), *(["flags"] if flags else [])]) or "defaults"
     run, trainer_args = _parse_flat(config_class, values, source)
     if run.load_in_4bit and run.load_in_8bit:
         raise ConfigError(f"{source}: load_in_4bit and load_in_8bit exclude each other")
@@ -152,6 +160,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         raise ConfigError(
             f"{source}: router_* settings, but a plain LoRA has no routers of its own"
         )
+    sections.refuse_fault_options(run, adapter, source)
     if run.compare_uniform:
         _check_comparison(goal, adapter, trainer_args, source)
     if goal.data == "prompt":
@@ -185,13 +194,9 @@ def parse_script(objective: str, argv: Sequence[str]) -> Recipe:
                 f"run it with `moeadapt train {objective}`"
             )
     except ConfigError as error:
-        raise SystemExit(_say(error)) from None
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     return recipe
-
-
-def _say(error: ConfigError) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
 
 
 def _settings_of(config_class: type) -> set[str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 from moeadapt.training.base_model import load_base
 from moeadapt.training.data import load_data
+from moeadapt.training.output_folder import check_output_dir
 from moeadapt.training.recipe import Recipe
 from moeadapt.training.rewards import get_reward
 from moeadapt.training.stock_moe import fit_to_stock_moe
@@ -39,8 +40,11 @@ def run(recipe: Recipe) -> None:
 
     Raises:
         AssetError: see `build_trainer`.
-        ConfigError: see `build_trainer`.
+        ConfigError: see `build_trainer` and `check_output_dir`.
+        TrainingError: see `SafeRunMixin`.
+        TrainingStopped: after SIGTERM or SIGINT, and a complete checkpoint.
     """
+    check_output_dir(recipe.trainer_args.output_dir)
     trainer = build_trainer(recipe)
     trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()

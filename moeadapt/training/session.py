@@ -15,27 +15,27 @@ from moeadapt.training.health import RouterHealth
 from moeadapt.training.metrics import router_metrics, schedule_metrics
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.router_step import RouterStep, attach_optimizer
+from moeadapt.training.sharding import OWN_STEP, SHARDED, check_edits, check_sharding
 from moeadapt.training.uniform_check import compare_with_uniform
 from moeadapt.tuner.context import RoutingContext, find_context
-from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.inspect import (
     after_optimizer_step,
     balance_of,
     heads_of,
     pop_router_stats,
     prepare_stats,
+    router_counts,
+    set_router_counts,
     step_schedule,
 )
 
-SHARDED = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
-"""Here parameters are not whole tensors, and the wrapper keeps its own float32 copy of them."""
-
-_OWN_STEP = (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-"""Here the optimizer is not torch's, and steps in its own way."""
-
 
 class Session:
-    """One training run of one model, from the first step to the last."""
+    """One training run of one model, from the first step to the last.
+
+    Attributes:
+        skipped_steps: optimizer steps that a GradScaler skipped: schedules do not count them.
+    """
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class Session:
         options: RouterOptions,
         *,
         compare_uniform: bool = False,
+        keeps_counts: bool = False,
     ) -> None:
         """Make the counters, forget what was counted before, and attach to the optimizer.
 
@@ -54,6 +55,7 @@ class Session:
             optimizer: the trainer's.
             options: what is different for routers.
             compare_uniform: see `after_evaluation`.
+            keeps_counts: whether an optimizer step may be skipped, by a GradScaler or on purpose.
 
         Raises:
             ConfigError: the model has no mixture of LoRA experts.
@@ -62,6 +64,10 @@ class Session:
         self.model = model
         self._device = device
         self._step = 0
+        self.skipped_steps = 0
+        self._amp_scale = 1.0
+        self._keeps_counts = keeps_counts
+        self._counts_before: dict[str, Tensor] | None = None
         self._health = RouterHealth()
         self._compare_uniform = compare_uniform
         self.context = require_adapter(model)
@@ -72,10 +78,10 @@ class Session:
             head.followed_step = None
         schedules = [head.schedule for head in heads.values() if head.schedule is not None]
         acts = options.own_group or any(schedule.acts_on_optimizer for schedule in schedules)
-        _check_sharding(acts, options.max_grad_norm is not None)
-        _check_edits(heads)
+        check_sharding(acts, options.max_grad_norm is not None)
+        check_edits(heads)
         self._attached: RouterStep | None = None
-        if AcceleratorState().distributed_type not in _OWN_STEP:
+        if AcceleratorState().distributed_type not in OWN_STEP:
             self._attached = attach_optimizer(
                 model,
                 optimizer,
@@ -85,9 +91,11 @@ class Session:
             )
 
     def start_step(self, step: int) -> None:
-        """Use the schedule's values of optimizer step `step`, counted from 0."""
-        self._step = step
-        step_schedule(self.model, step)
+        """Use the schedule's values of the trainer's optimizer step `step`, counted from 0."""
+        self._step = step - self.skipped_steps
+        step_schedule(self.model, self._step)
+        if self._keeps_counts and self._counts_before is None:
+            self._counts_before = router_counts(self.model)
 
     def set_scale(self, scaler: Any, accumulation_steps: int) -> None:
         """Tell the auxiliary losses what the task loss of this micro-batch is multiplied by.
@@ -96,8 +104,21 @@ class Session:
             scaler: a GradScaler, or None; it counts only while enabled.
             accumulation_steps: micro-batches of this optimizer step.
         """
-        amp_scale = scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
-        self.context.set_scale(amp_scale / max(accumulation_steps, 1))
+        self._amp_scale = _amp_scale(scaler)
+        self.context.set_scale(self._amp_scale / max(accumulation_steps, 1))
+
+    def was_skipped(self, optimizer: Any, scaler: Any) -> bool:
+        """Return whether the GradScaler skipped the optimizer step, and let the trainer know.
+
+        accelerate does not notice it with a fused optimizer, which looks after it in its own
+        kernel, and the schedule of the learning rate would go on. A smaller scale tells.
+        """
+        if getattr(optimizer, "step_was_skipped", False):
+            return True
+        skipped = _amp_scale(scaler) < self._amp_scale
+        if skipped and hasattr(optimizer, "_is_overflow"):
+            optimizer._is_overflow = True
+        return skipped
 
     def metrics(self) -> dict[str, float]:
         """Return `router_metrics` since the last call, over all processes; each must call it.
@@ -113,7 +134,42 @@ class Session:
 
     def after_step(self) -> None:
         """Run what follows an optimizer step, over all processes; each must call it."""
+        self._counts_before = None
         after_optimizer_step(self.model, _sum_over_processes, step=self._step)
+
+    def after_skipped_step(self) -> None:
+        """Follow an optimizer step that a GradScaler skipped: it counts for nothing."""
+        self.skipped_steps += 1
+        self.forget_step()
+
+    def forget_step(self) -> None:
+        """Take back what was counted in this optimizer step."""
+        if self._counts_before is not None:
+            set_router_counts(self.model, self._counts_before)
+            self._counts_before = None
+
+    def counts(self) -> dict[str, Tensor]:
+        """Return the counts since the last log, over all processes; each must call it."""
+        heads, own = heads_of(self.model), router_counts(self.model)
+        if not heads:
+            return {}
+        sizes = [head.packed_size for head in heads.values()]
+        parts = [
+            own.get(name, torch.zeros(size, device=self._device))
+            for name, size in zip(heads, sizes, strict=True)
+        ]
+        sums = _sum_over_processes(torch.cat(parts)).split(sizes)
+        return {name: counts for name, counts in zip(heads, sums, strict=True) if name in own}
+
+    def go_on(self, skipped_steps: int, counts: Mapping[str, Tensor]) -> None:
+        """Go on from an earlier session.
+
+        Args:
+            skipped_steps: of that session.
+            counts: what its `counts` returned; for one process, the others start without.
+        """
+        self.skipped_steps = skipped_steps
+        set_router_counts(self.model, counts)
 
     def after_evaluation(self, batches: Iterable[Any]) -> None:
         """Compare learned routing with equal shares, if asked to; warns once in a run.
@@ -211,30 +267,8 @@ def restore_routers(model: nn.Module, *, wrapped: bool = False) -> None:
         parameter.data = parameter.data.float()
 
 
-def _check_sharding(acts_on_optimizer: bool, clips: bool) -> None:
-    kind = AcceleratorState().distributed_type
-    if kind in _OWN_STEP and (acts_on_optimizer or clips):
-        raise TrainingError(
-            f"under {kind.value} the optimizer steps in its own way, so routers cannot be frozen "
-            "or warmed up by the schedule, and MoeAdaptCallback has no learning rate, weight decay "
-            "or gradient norm for them; use DDP or FSDP. A trainer of moeadapt.training has "
-            "router_learning_rate and router_weight_decay also here"
-        )
-    if kind in SHARDED and clips:
-        raise TrainingError(
-            f"under {kind.value} each process sees a part of the routers' gradients, whose norm "
-            "is not theirs; leave router_max_grad_norm out, or use DDP"
-        )
-
-
-def _check_edits(heads: Mapping[str, RouterHead]) -> None:
-    kind = AcceleratorState().distributed_type
-    editing = [name for name, head in heads.items() if head.router.acts_after_step]
-    if kind in SHARDED and editing:
-        raise TrainingError(
-            f"router {editing[0]!r} adds and removes experts while it trains, and under "
-            f"{kind.value} no process holds its whole gate; use DDP, or a router option every=0"
-        )
+def _amp_scale(scaler: Any) -> float:
+    return scaler.get_scale() if scaler is not None and scaler.is_enabled() else 1.0
 
 
 def _sum_over_processes(packed: Tensor) -> Tensor:

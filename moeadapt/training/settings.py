@@ -47,6 +47,21 @@ def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     return values, places
 
 
+FAULT_OPTIONS = ("on_nonfinite", "check_routers", "allow_partial_resume")
+"""Settings of a run that say what happens at a fault; trainers of mixtures take them."""
+
+
+def refuse_fault_options(run: Any, adapter: Any, source: str) -> None:
+    """Refuse them for a plain LoRA, whose trainer is TRL's own.
+
+    Raises:
+        ConfigError: one of them is set.
+    """
+    asked = [name for name in FAULT_OPTIONS if getattr(run, name) not in (False, "stop")]
+    if asked and adapter.peft_type == "LORA":
+        raise ConfigError(f"{source}: {', '.join(asked)} is for mixtures, not for a plain LoRA")
+
+
 def read_flags(flags: Sequence[str]) -> dict[str, Any]:
     """Turn `--a.b value` and `--a.b=value` into `{"a.b": value}`; a bare `--flag` is true."""
     values: dict[str, Any] = {}

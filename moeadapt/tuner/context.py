@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from moeadapt.errors import TrainingError
+from moeadapt.errors import ConfigError, TrainingError
 from moeadapt.experts.generation import Generation
 from moeadapt.routing import Routing, TokenContext
 from moeadapt.tuner.decisions import keep
@@ -105,10 +105,20 @@ class RoutingContext:
     # --- the running forward
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the base model and its backbone: remember what it was given."""
+        """Forward pre-hook of the base model and its backbone: remember what it was given.
+
+        Raises:
+            ConfigError: it was given no tokens.
+        """
         if self.frame is not None and self.frame.module_id != id(module):
             return  # the backbone inside a call of the model: the outer mask is the 2-D one
         self.frame = Frame.of(module, args, kwargs, ask_cache=self.decides_per_sequence)
+        if self.frame.shape is not None and 0 in self.frame.shape:
+            shape, self.frame = self.frame.shape, None
+            raise ConfigError(
+                f"a batch of {shape[0]} rows with {shape[1]} tokens has nothing to route; leave "
+                "empty rows and empty batches out of the data"
+            )
         cache = None if torch.is_grad_enabled() else self.frame.cache
         self.generation.enter(cache, _tokens_of_a_row(args, kwargs))
         if torch.is_grad_enabled() and module.training and not torch.compiler.is_compiling():

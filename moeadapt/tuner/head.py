@@ -261,6 +261,18 @@ class RouterHead:
         counts, self._sink.grad, self._seen = self._sink.grad, None, None
         return counts
 
+    def counts(self) -> Float[Tensor, " S"] | None:
+        """Return a copy of the counts since the last `pop_counts`."""
+        found = None if self._sink is None else self._sink.grad
+        return None if found is None else found.clone()
+
+    def set_counts(self, counts: Float[Tensor, " S"] | None) -> None:
+        """Go back to counts that were returned between two optimizer steps."""
+        if self._sink is None:
+            return
+        self._sink.grad = None if counts is None else counts.to(self._sink, copy=True)
+        self._seen = None if counts is None else counts.to(self._sink, copy=True)
+
     def step_counts(self) -> Float[Tensor, " S"] | None:
         """Return the counts since the last call or `pop_counts`, without resetting them."""
         if self._sink is None or self._sink.grad is None:

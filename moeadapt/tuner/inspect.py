@@ -1,6 +1,6 @@
 """Looking into a model with an adapter: its routings, its router statistics, its aux scale."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -202,6 +202,18 @@ def prepare_stats(model: nn.Module, device: torch.device) -> None:
     context.scale(device)
     for head in heads_of(model).values():
         head.sink(device)
+
+
+def router_counts(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of what `pop_router_stats` would read; routers without counts are left out."""
+    found = {name: head.counts() for name, head in heads_of(model).items()}
+    return {name: counts for name, counts in found.items() if counts is not None}
+
+
+def set_router_counts(model: nn.Module, counts: Mapping[str, Tensor]) -> None:
+    """Go back to `counts`, from `router_counts` between two optimizer steps."""
+    for name, head in heads_of(model).items():
+        head.set_counts(counts.get(name))
 
 
 def heads_of(model: nn.Module) -> dict[str, RouterHead]:

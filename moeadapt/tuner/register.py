@@ -44,6 +44,7 @@ def register() -> None:
     from moeadapt.tuner.config import MoeLoraConfig
     from moeadapt.tuner.entry_points import install
     from moeadapt.tuner.model import MoeLoraModel
+    from moeadapt.tuner.whole_save import save_whole
 
     known = PEFT_TYPE_TO_CONFIG_MAPPING.get(METHOD)  # type: ignore[call-overload]
     if known is MoeLoraConfig:
@@ -53,3 +54,4 @@ def register() -> None:
     extend_peft_type()
     register_peft_method(name=METHOD.lower(), config_cls=MoeLoraConfig, model_cls=MoeLoraModel)
     install()
+    save_whole()  # around the manifest that `install` has written, so that it is part of the whole

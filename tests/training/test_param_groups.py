@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import moeadapt
 from moeadapt import MoeAdaptCallback
 from moeadapt.errors import ConfigError, TrainingError
-from moeadapt.training import run, session
+from moeadapt.training import run, session, sharding
 from moeadapt.training.objectives import Objective
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.recipe import parse_recipe
@@ -297,7 +297,8 @@ def test_sharded_setups_refuse_what_they_would_ignore(monkeypatch: pytest.Monkey
         ("FSDP", [(model, clip)], [(model, rate), (frozen, plain)]),
     ):
         state = SimpleNamespace(distributed_type=DistributedType[kind])
-        monkeypatch.setattr(session, "AcceleratorState", lambda state=state: state)
+        for module in (session, sharding):
+            monkeypatch.setattr(module, "AcceleratorState", lambda state=state: state)
         for one, options in refused:
             with pytest.raises(TrainingError, match=f"under {kind}"):
                 session.Session(one, cpu, optimizer, options)
