@@ -33,7 +33,8 @@ class Factor(nn.Module):
     def is_whole(self) -> bool:
         """Whether the matrix may be read outside this module's forward: it is all here.
 
-        Wrappers that shard it (FSDP, ZeRO-3) replace the leaf, hook it, or leave it empty.
+        Wrappers that shard it (FSDP, ZeRO-3) replace the leaf, hook it, or leave it empty; those
+        that keep it elsewhere (accelerate's offloading) replace its forward.
         """
         weight = self.weight
         return (
@@ -41,6 +42,8 @@ class Factor(nn.Module):
             and not (self._forward_hooks or self._forward_pre_hooks)
             and type(weight) is nn.Parameter
             and weight.numel() > 0
+            and not weight.is_meta
+            and "forward" not in vars(self)
             and not hasattr(weight, "ds_id")
         )
 

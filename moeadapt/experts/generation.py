@@ -16,23 +16,24 @@ class Generation:
 
     Nothing outlives the KV cache that it was made for or the next prompt, and a matrix that was
     replaced or changed in place is cast anew. A change through `.data` between two steps of one
-    answer cannot be seen: call `forget` after it. A plain object: it is copied with the model,
-    without what it keeps.
+    answer cannot be seen: call `forget` after it, and also before a prompt of one token in a KV
+    cache that was emptied and is used again. A plain object: it is copied with the model, without
+    what it keeps.
 
     Attributes:
-        answer: number of the answer that is being generated.
+        answer: stands for the answer that is being generated; another one for each.
     """
 
     def __init__(self) -> None:
         """Keep nothing yet."""
         self._cache: weakref.ref[Any] | None = None
         self._kept: dict[Any, _Kept] = {}
-        self.answer = 0
+        self.answer = object()
         self._decodes = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running generation."""
-        return {"_cache": None, "_kept": {}, "answer": 0, "_decodes": False}
+        return {"_cache": None, "_kept": {}, "answer": object(), "_decodes": False}
 
     def enter(self, cache: Any, tokens: int = 1) -> None:
         """Start a forward.
@@ -54,7 +55,7 @@ class Generation:
     def forget(self) -> None:
         """Drop every copy."""
         self._kept.clear()
-        self.answer += 1
+        self.answer = object()
 
     @property
     def decodes(self) -> bool:

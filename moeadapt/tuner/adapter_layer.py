@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moeadapt.experts import ExpertBank
     from moeadapt.tuner.block import Block
     from moeadapt.tuner.context import RoutingContext
+    from moeadapt.tuner.decode_step import LinearStep
 
 PREFIX = "moeadapt_"
 """Starts the name of every adapter tensor; the lower-cased `peft_type` and an underscore."""
@@ -30,6 +31,7 @@ class AdapterLayer(BaseTunerLayer):
 
     moe_banks: "dict[str, ExpertBank]"
     moe_blocks: "dict[str, Block]"
+    decode_step: "LinearStep | None"
     _context: "RoutingContext"
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -61,6 +63,7 @@ class AdapterLayer(BaseTunerLayer):
         if block is not None:
             block.forget(adapter_name)
         self._context.heads.pop(adapter_name, None)
+        self.decode_step = None
         super().delete_adapter(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

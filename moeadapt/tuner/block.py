@@ -45,12 +45,12 @@ class Block:
         self._open_slots = 0
         self._thread: dict[str, int] = {}
         self._step: BlockStep | None = None
-        self._decoding = -1
+        self._decoding: object = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the routing of a running forward."""
         transient = {"_routings": {}, "_open_slots": 0, "_thread": {}, "_step": None}
-        return {**self.__dict__, **transient, "_decoding": -1}
+        return {**self.__dict__, **transient, "_decoding": None}
 
     def install(self, model: nn.Module) -> None:
         """(Re)register the hooks on the modules that now sit at the planned paths."""
@@ -81,10 +81,9 @@ class Block:
 
     def _prepare_decoding(self, adapter: str, generation: Generation) -> None:
         """Look for a shorter way, once per answer: the next token may take it."""
-        if generation.decodes and self._decoding != generation.answer:
+        if generation.decodes and self._decoding is not generation.answer:
             self._decoding = generation.answer
-            added = all(x.moe_plans[adapter].placement == "linear" for x in self.layers[adapter])
-            self._step = BlockStep(adapter, self) if added else None
+            self._step = BlockStep.of(adapter, self)
 
     def leave(self, module: nn.Module, args: Any, output: Any = None) -> None:
         """Drop the routing; refuse an FFN whose slots were never added up."""

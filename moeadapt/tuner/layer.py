@@ -58,7 +58,7 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
         self.moe_dropout = nn.ModuleDict()
         self._context = context
         self.decode_step: LinearStep | None = None
-        self._decoding: tuple[int, torch.Size] | None = None
+        self._decoding: tuple[object, torch.Size] | None = None
         self._disable_adapters = False
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
@@ -124,8 +124,9 @@ class MoeLoraLinear(nn.Module, AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the base output plus the active adapters' mixtures."""
-        if self.decode_step is not None and not args and not kwargs:
-            out = self.decode_step(x)
+        step = self.decode_step
+        if step is not None and not args and not kwargs:
+            out = step(self, x)
             if out is not None:
                 return out
         adapters = self.running_adapters()

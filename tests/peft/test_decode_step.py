@@ -2,8 +2,11 @@
 
 import contextlib
 import copy
+import gc
 import pickle
+import weakref
 
+import accelerate
 import pytest
 import torch
 from peft import PeftModel
@@ -12,6 +15,14 @@ from torch.testing import assert_close
 
 import moeadapt
 from moeadapt.tuner.decode_step import BlockStep, LinearStep
+from tests.peft.decode_changes import (
+    CHANGES,
+    hook_the_router,
+    layer_of,
+    routers_of,
+    seen,
+    use_gather,
+)
 from tests.structure.trace import recorded
 from tests.tiny import adapted, batch, moe_config
 
@@ -19,18 +30,13 @@ SCOPES = ("layer", "block")
 PROMPT, AT = 4, 7
 
 
-def layer_of(model: nn.Module) -> nn.Module:
-    """Return a linear whose experts read what others read too."""
-    return model.base_model.model.model.layers[1].self_attn.k_proj
-
-
 @contextlib.contextmanager
 def taken():
     """Count how often a linear takes the short way."""
     count, own = [], LinearStep.__call__
 
-    def counted(step, x):
-        out = own(step, x)
+    def counted(step, layer, x):
+        out = own(step, layer, x)
         count.extend([step] * (out is not None))
         return out
 
@@ -85,14 +91,57 @@ def test_it_gives_the_numbers_of_the_usual_way(kind, router):
 
 
 @pytest.mark.parametrize("kind", SCOPES)
-def test_it_works_in_bfloat16_and_without_a_common_dtype(kind):
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32])
+def test_it_is_taken_in_bfloat16_whatever_the_type_of_the_adapter(kind, adapters):
     model = adapted("llama", kind).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "moeadapt_lora" in name:
+            parameter.data = parameter.data.to(adapters)
     inputs = batch(rows=1, length=12)
     with usual_way():
         expected = decode(model, inputs)
     with taken() as steps:
         assert_close(decode(model, inputs), expected, rtol=0.05, atol=0.05)
     assert len(steps) == 8 * 14
+
+
+@pytest.mark.parametrize("kind", SCOPES)
+def test_in_float16_an_expert_that_is_not_chosen_may_overflow(kind):
+    model = adapted("llama", kind).to(torch.float16)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data[: parameter.shape[0] // 4] = 6e4
+        elif "router" in name:
+            parameter.data.zero_()
+    for router in routers_of(model):  # nobody chooses expert 0
+        router.bias = nn.Parameter(torch.tensor([-100.0, 0.0, 0.0, 0.0]))
+    assert decode(model, batch(rows=1, length=9)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", SCOPES)
+def test_what_is_kept_elsewhere_is_not_read_from_here(kind):
+    """Offloading leaves empty parameters and gives each module a forward that fetches them."""
+    model, inputs = adapted("llama", kind), batch(rows=1, length=9)
+    expected = decode(model, inputs)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert_close(decode(model, inputs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", SCOPES)
+def test_a_deleted_adapter_and_a_replaced_base_are_let_go(kind):
+    model, inputs = two_adapters(kind), batch(rows=1, length=9)
+    decode(model, inputs)
+    layer = layer_of(model)
+    factor = weakref.ref(layer.moeadapt_lora_B["default"])
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    gc.collect()
+    assert factor() is None
+    decode(model, inputs)
+    base = weakref.ref(layer.base_layer)
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    gc.collect()
+    assert base() is None
 
 
 @pytest.mark.parametrize("kind", SCOPES)
@@ -105,91 +154,6 @@ def test_equal_scores_go_to_the_lower_index(kind):
     with usual_way():
         expected = decode(model, inputs)
     assert_close(decode(model, inputs), expected, rtol=1e-12, atol=1e-12)
-
-
-def hook_a_factor(model):
-    bank = layer_of(model).moe_banks["default"]
-    bank.factor("lora_B").register_forward_hook(lambda module, args, out: out * 0.5)
-
-
-def hook_the_base(model):
-    layer_of(model).base_layer.register_forward_hook(lambda module, args, out: out * 0.5)
-
-
-def hook_the_router(model):
-    for name, module in model.named_modules():
-        if name.endswith("moeadapt_router.default"):
-            module.register_forward_hook(lambda *_: seen.append(1))
-
-
-def replace_a_factor(model):
-    factors = layer_of(model).moeadapt_lora_A
-    factors["default"] = copy.deepcopy(factors["default"]).requires_grad_(False)
-    factors["default"].weight.data.mul_(-1)
-
-
-def replace_a_parameter(model):
-    factor = layer_of(model).moeadapt_lora_B["default"]
-    factor.weight = nn.Parameter(-factor.weight.data)
-
-
-def change_in_place(model):
-    for name, parameter in model.named_parameters():
-        if "moeadapt" in name:
-            parameter.mul_(-1)
-
-
-def replace_the_base(model):
-    layer = layer_of(model)
-    layer.base_layer = copy.deepcopy(layer.base_layer)
-    layer.base_layer.weight.data.mul_(-1)
-
-
-def patch_the_base(model):
-    base = layer_of(model).base_layer
-    own = base.forward
-    base.forward = lambda x: own(x) * 0.5
-
-
-def train_with_dropout(model):
-    layer_of(model).train()
-    layer_of(model).moe_dropout["default"] = nn.Dropout(1.0).train()
-
-
-def switch_off(model):
-    model.base_model.disable_adapter_layers()
-
-
-def switch_over(model):
-    model.set_adapter("other")
-
-
-def switch_both_on(model):
-    model.base_model.set_adapter(["default", "other"])
-
-
-def use_gather(model):
-    for layer in model.modules():
-        for bank in getattr(layer, "moe_banks", {}).values():
-            bank.impl = "gather"
-
-
-seen: list[int] = []
-CHANGES = [
-    hook_a_factor,
-    hook_the_base,
-    hook_the_router,
-    replace_a_factor,
-    replace_a_parameter,
-    change_in_place,
-    replace_the_base,
-    patch_the_base,
-    train_with_dropout,
-    switch_off,
-    switch_over,
-    switch_both_on,
-    use_gather,
-]
 
 
 def two_adapters(kind: str) -> PeftModel:
@@ -242,7 +206,10 @@ def test_a_batch_of_another_size_and_a_copy_take_no_step_of_the_old_one():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model):
         with usual_way():
             expected = decode(other, batch(rows=3, length=11))
-        assert_close(decode(other, batch(rows=3, length=11)), expected, rtol=1e-12, atol=1e-12)
+        with taken() as steps:
+            found = decode(other, batch(rows=3, length=11))
+        assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert steps
 
 
 @pytest.mark.parametrize(("kind", "most"), [("layer", 11), ("block", 5)])
