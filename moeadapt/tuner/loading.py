@@ -15,7 +15,8 @@ from moeadapt.adapter_format.adapter import AdapterFiles
 from moeadapt.adapter_format.fingerprint import compare, fingerprint
 from moeadapt.adapter_format.match import TensorSpec, check_tensors, some
 from moeadapt.adapter_format.options import options
-from moeadapt.errors import AdapterFileError
+from moeadapt.adapter_format.settings import SETTINGS
+from moeadapt.errors import AdapterFileError, ConfigError, UnsupportedError
 from moeadapt.experts import BankSize
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.expected import FILE_PREFIX, TOKENS, expected_tensors
@@ -38,6 +39,26 @@ def loading(files: AdapterFiles) -> Iterator[None]:
     finally:
         _CURRENT.reset(token)
         files.close()
+
+
+@contextmanager
+def naming_settings() -> Iterator[None]:
+    """Let a refusal of the settings name the file that they come from, if they come from one.
+
+    Raises:
+        AdapterFileError: in place of another `ConfigError`.
+        UnsupportedError: with the file's name before its words.
+    """
+    files = _CURRENT.get()
+    try:
+        yield
+    except AdapterFileError:
+        raise
+    except (ConfigError, UnsupportedError) as error:
+        if files is None:
+            raise
+        kind = AdapterFileError if isinstance(error, ConfigError) else UnsupportedError
+        raise kind(f"{files.folder / SETTINGS}: {error}") from None
 
 
 def check_new(

@@ -31,7 +31,7 @@ from moeadapt.tuner.context import (
 )
 from moeadapt.tuner.expected import check_plausible
 from moeadapt.tuner.layer import MoeLoraLinear
-from moeadapt.tuner.loading import check_new, check_state_dict, current
+from moeadapt.tuner.loading import check_new, check_state_dict, current, naming_settings
 from moeadapt.tuner.patterns import check_patterns_end
 from moeadapt.tuner.plan import no_target_message, plan_targets
 from moeadapt.tuner.sizes import plan_sizes
@@ -61,7 +61,8 @@ class MoeLoraModel(BaseTuner):
         fresh = find_context(model) is None
         try:
             config: Any = self.peft_config[adapter_name]
-            self._plan(model, config, state_dict)
+            with naming_settings():
+                self._plan(model, config, state_dict)
             context = attach_context(model)
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
