@@ -27,8 +27,8 @@ DTYPES = {
     "F64": torch.float64,
 }
 
-LARGE = 1e38
-"""Above it, the next product leaves float32."""
+LARGE = 1e12
+"""Far above what training gives; products of a few such numbers leave float32."""
 
 
 class AdapterFiles:
@@ -126,7 +126,8 @@ def check_values(tensors: dict[str, Tensor], path: Path) -> None:
             _refuse_nonfinite(name, tensor.to(torch.float32), path)
         elif largest > LARGE:
             warnings.warn(
-                f"{path}: tensor {name!r} holds {largest.item():g}; the next product overflows",
+                f"{path}: tensor {name!r} holds {largest.item():g}, and products of such "
+                "numbers overflow; the training broke, or the file is damaged",
                 stacklevel=2,
             )
 

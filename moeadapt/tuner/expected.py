@@ -18,6 +18,7 @@ from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.plan import TargetPlan, experts_of
 from moeadapt.tuner.segments import make_start
 from moeadapt.tuner.sizes import router_config
+from moeadapt.tuner.tokens import token_modules
 
 FILE_PREFIX = "base_model.model."
 """How PEFT starts every name in a file."""
@@ -116,7 +117,7 @@ def _router_spec(tensor: Tensor, dim: int) -> TensorSpec:
 def _in_full(model: nn.Module, config: MoeLoraConfig) -> Iterator[tuple[str, TensorSpec]]:
     """Find what `modules_to_save` and `trainable_token_indices` add, the way PEFT does."""
     ends = tuple(config.modules_to_save or ())
-    tokens = config.trainable_token_indices
+    tokens = token_modules(model, config)
     for key, module in model.named_modules(remove_duplicate=False):
         if ends and key.endswith(ends):
             inner: Any = (
@@ -125,15 +126,12 @@ def _in_full(model: nn.Module, config: MoeLoraConfig) -> Iterator[tuple[str, Ten
             for name, tensor in inner.state_dict().items():
                 spec = TensorSpec(shape=tuple(tensor.shape), is_float=tensor.is_floating_point())
                 yield f"{FILE_PREFIX}{key}.{name}", spec
-        if isinstance(tokens, dict):
-            count = next((len(v) for k, v in tokens.items() if key.endswith(k)), None)
-        else:
-            count = len(tokens) if tokens and isinstance(module, nn.Embedding) else None
-        weight = getattr(module, "weight", None)
-        if count is not None and isinstance(weight, Tensor):
-            # Of layers tied to each other one is saved, and the base says which.
-            spec = TensorSpec(shape=(count, weight.shape[-1]), required=False)
-            yield f"{FILE_PREFIX}{key}.{TOKENS}", spec
+    # Of layers tied to each other one is saved, and PEFT says which.
+    tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", False))
+    for key, ids in tokens.items():
+        weight: Any = model.get_submodule(key).weight
+        spec = TensorSpec(shape=(len(ids), weight.shape[-1]), required=len(tokens) == 1 or not tied)
+        yield f"{FILE_PREFIX}{key}.{TOKENS}", spec
 
 
 def check_plausible(config: MoeLoraConfig, header: Header, path: Any) -> None:

@@ -35,6 +35,7 @@ from moeadapt.tuner.loading import check_new, check_state_dict, current, naming_
 from moeadapt.tuner.patterns import check_patterns_end
 from moeadapt.tuner.plan import no_target_message, plan_targets
 from moeadapt.tuner.sizes import plan_sizes
+from moeadapt.tuner.tokens import token_modules
 
 
 class MoeLoraModel(BaseTuner):
@@ -90,6 +91,7 @@ class MoeLoraModel(BaseTuner):
         names = [name for name, _ in model.named_modules()]
         check_layers(config, names)
         check_patterns_end(config, names)
+        token_modules(model, config)
         try:
             keys = self._target_keys(model, config, state_dict)
         except re.error as error:

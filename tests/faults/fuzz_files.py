@@ -10,6 +10,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from moeadapt import BALANCE, EXPERTS, ROUTERS
 from tests.tiny import adapt, moe_config, tiny
 
 SETTINGS, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -72,6 +73,32 @@ anything = st.recursive(
     ),
     max_leaves=5,
 )
+
+
+numbers = st.one_of(st.integers(-1, 40), st.sampled_from(SPECIAL), st.floats(width=32))
+
+PATTERNS = ["all-linear", "(.*)*q_proj", ["q_proj", "v_proj"], ["lm_head"], ["embed_tokens"], ["x"]]
+
+fields = st.one_of(
+    st.tuples(st.just("router"), st.sampled_from([{"name": name} for name in sorted(ROUTERS)])),
+    st.tuples(st.just("experts"), st.sampled_from(sorted(EXPERTS))),
+    st.tuples(st.just("balance"), st.sampled_from([{name: 0.1} for name in sorted(BALANCE)])),
+    st.tuples(st.just("placement"), st.sampled_from(["linear", "ffn", "glu"])),
+    st.tuples(st.just("router_scope"), st.sampled_from(["layer", "block"])),
+    st.tuples(st.just("target_modules"), st.sampled_from(PATTERNS)),
+    st.tuples(st.just("modules_to_save"), st.sampled_from(PATTERNS)),
+    st.tuples(st.just("layers_to_transform"), st.lists(numbers, max_size=3)),
+    st.tuples(st.sampled_from(["r", "num_experts", "lora_alpha", "n_shared"]), numbers),
+    st.tuples(
+        st.sampled_from(["alpha_pattern", "rank_pattern", "experts_pattern"]),
+        st.dictionaries(st.sampled_from(["q_proj", ".*", "(a+)+$", "*("]), numbers, max_size=2),
+    ),
+    st.tuples(st.just("trainable_token_indices"), st.lists(numbers, max_size=3)),
+    st.tuples(st.just("init_lora_weights"), st.sampled_from([True, "svd_segments", "pissa", "x"])),
+    st.tuples(st.just("task_type"), st.sampled_from(["SEQ_CLS", "FEATURE_EXTRACTION", "x"])),
+    st.tuples(st.just("use_rslora"), st.booleans()),
+)
+"""A field of the settings and a value that means something there."""
 
 
 def places(document: Any) -> list[tuple[Any, Any]]:
@@ -206,7 +233,11 @@ NAMES = [
     "moeadapt_",
 ]
 
-KINDS = ("weights", "header", "tensors", "settings", "settings bytes", "manifest", "random")
+KINDS = (
+    *("random", "weights", "settings bytes", "header", "header", "manifest", "manifest"),
+    *("tensors", "tensors", "tensors", "settings", "settings", "fields", "fields"),
+)
+"""What is damaged; the ways that get past the first checks are there more often."""
 
 
 @st.composite
@@ -228,13 +259,17 @@ def damaged(draw: Any) -> Files:
                 else rewrite(draw, files.weights)
             )
             files = replace(files, weights=new)
-        elif kind == "settings" and files.settings is valid().settings:
-            settings = change(draw, json.loads(files.settings))
+        elif kind in ("settings", "fields") and files.settings is valid().settings:
+            settings = json.loads(files.settings)
+            if kind == "settings":
+                settings = change(draw, settings)
+            else:
+                settings.update(draw(st.lists(fields, min_size=1, max_size=2)))
             files = replace(files, settings=to_bytes(settings))
         elif kind == "manifest" and files.manifest is valid().manifest:
             manifest = change(draw, json.loads(files.manifest or b""))
             files = replace(files, manifest=to_bytes(manifest))
-        else:
+        elif kind == "settings bytes":
             files = replace(files, settings=damage(draw, files.settings))
     seal = draw(st.sampled_from(["fits", "fits", "fits", "none", "stays"]))
     if seal == "stays" or files.manifest is not valid().manifest:

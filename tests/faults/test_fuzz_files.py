@@ -1,13 +1,17 @@
 """Whatever the files of an adapter hold, loading refuses with a typed error or gives numbers."""
 
+import json
+import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
-from tests.faults.fuzz_files import Files, damaged, valid
+from moeadapt.errors import AdapterFileError
+from tests.faults.fuzz_files import Files, damaged, join, split, to_bytes, valid
 from tests.faults.fuzz_loading import Loader, memory
 
 BATCH = 500
@@ -78,6 +82,36 @@ def test_other_ways_to_load_do_the_same(loader, way):
     run(loader, 1, way, 100)
     assert loader.outcomes["foreign"] < 40
     assert loader.outcomes["loaded"] > 5
+
+
+@pytest.mark.parametrize(
+    ("tokens", "match"),
+    [
+        ([], "is empty"),
+        ([2**64], "ids from 0 to 127"),
+        ([128], "ids from 0 to 127"),
+        ([-1], "ids from 0 to 127"),
+        ({"nothing": [1]}, "names 'nothing'"),
+        ({"norm": [1]}, "names 'norm'"),
+        ([1, 2], "lacks 1 tensor .*embed_tokens"),
+    ],
+)
+def test_token_ids_that_the_base_or_the_file_does_not_have_are_refused(loader, tokens, match):
+    """Found by fuzzing: PEFT raised a KeyError, and left its wrapper around the embedding."""
+    settings = {**json.loads(valid().settings), "trainable_token_indices": tokens}
+    loader.write(replace(valid(), settings=json.dumps(settings).encode(), sealed=True))
+    with pytest.raises(AdapterFileError, match=f"(?s)adapter_.*{match}"):
+        loader.load("from_pretrained")
+    loader.assert_base_untouched()
+
+
+def test_numbers_whose_products_overflow_are_told(loader):
+    """Found by fuzzing: two factors of 1e20 give infinity, and nothing was said."""
+    header, data = split(valid().weights)
+    large = struct.pack("<f", 1e20) * (len(data) // 4)
+    loader.write(replace(valid(), weights=join(to_bytes(header), large), sealed=True))
+    with pytest.warns(UserWarning, match="products of such numbers overflow"):
+        assert not loader.load("from_pretrained").isfinite().all()
 
 
 @pytest.mark.slow
