@@ -1,4 +1,4 @@
-"""Which rows of which embeddings `trainable_token_indices` trains, checked before PEFT wraps them."""
+"""Which rows of which embeddings `trainable_token_indices` trains, checked beforehand."""
 
 from typing import Any
 
@@ -37,8 +37,8 @@ def token_modules(model: Any, config: MoeLoraConfig) -> dict[str, list[int]]:
         ids = tokens[name] if isinstance(tokens, dict) else tokens
         if not keys or name in (config.modules_to_save or ()):
             raise ConfigError(
-                f"MoeLoraConfig: {FIELD} names {name!r}, which is in modules_to_save or no embedding "
-                "of this model; name each embedding once"
+                f"MoeLoraConfig: {FIELD} names {name!r}, which is in modules_to_save or no "
+                "embedding of this model; name each embedding once"
             )
         for key in keys:
             _check_ids(ids, key, _rows(modules[key]))
