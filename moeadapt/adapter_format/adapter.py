@@ -2,6 +2,7 @@
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -95,11 +96,17 @@ class AdapterFiles:
             digest = hashlib.sha256(self.header.raw)
             digest.update(data)
             check_sha256(self.manifest, self.folder, WEIGHTS, digest.hexdigest())
-        tensors = {n: _tensor(data, info) for n, info in self.header.tensors.items()}
+        tensors = dict(to_tensors(data, self.header))
         check_values(tensors, self.path)
         self.tensors.update(tensors)
         self._is_read = True
         return self.tensors
+
+
+def to_tensors(data: bytearray, header: Header) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and tensor of what `header` says of the numbers in `data`."""
+    for name, info in header.tensors.items():
+        yield name, _tensor(data, info)
 
 
 def _tensor(data: bytearray, info: TensorInfo) -> Tensor:

@@ -29,7 +29,7 @@ def write_manifest(folder: str | Path, base: dict[str, Any] | None) -> None:
     manifest = {
         "format_version": FORMAT_VERSION,
         "moeadapt_version": __version__,
-        "files": {name: _sha256(folder, name) for name in (SETTINGS, WEIGHTS)},
+        "files": {name: sha256_of(folder, name) for name in (SETTINGS, WEIGHTS)},
         "base": base,
     }
     # A reader sees the old manifest or the new one, never half of it.
@@ -43,7 +43,8 @@ def remove_manifest(folder: str | Path) -> None:
     (Path(folder) / MANIFEST).unlink(missing_ok=True)
 
 
-def _sha256(folder: Path, name: str) -> str:
+def sha256_of(folder: Path, name: str) -> str:
+    """Return the sha256 of a file of an adapter, in hex."""
     digest = hashlib.sha256()
     with open_file(folder, name) as file:
         while chunk := file.read(_CHUNK):

@@ -4,6 +4,7 @@ import typer
 
 from moeadapt.cli import (
     demo,
+    doctor,
     evaluate,
     export,
     merge,
@@ -27,7 +28,7 @@ app = typer.Typer(
 
 _VERBS = (
     *(demo, train, validate, plan, methods, evaluate, report),
-    *(merge, split, upcycle, export),
+    *(merge, split, upcycle, export, doctor),
 )
 for verb in _VERBS:
     verb.add_to(app)

@@ -29,6 +29,9 @@ _SENTINEL = "checkpoint-is-incomplete.txt"
 
 _FORMAT = 1
 
+_LONGEST = 255
+"""Bytes of a file's name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
@@ -77,7 +80,7 @@ def read_marker(folder: str | Path) -> dict[str, Any]:
     """Return what the marker says; nothing if there is none that can be read."""
     try:
         marker = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return marker if isinstance(marker, dict) else {}
 
@@ -116,7 +119,7 @@ def _state_problem(path: Path) -> str | None:
         state = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
         return "is missing"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return f"is cut off or damaged ({error})"
     step = state.get("global_step") if isinstance(state, dict) else None
     return None if isinstance(step, int) else "has no global_step"
@@ -135,7 +138,7 @@ def _adapter_problems(folder: Path) -> list[str]:
             problems.append(f"{WEIGHTS} is cut off or damaged ({error})")
         try:
             json.loads((home / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{SETTINGS} cannot be read ({error})")
     return problems
 
@@ -143,7 +146,7 @@ def _adapter_problems(folder: Path) -> list[str]:
 def _compare(folder: Path, needs: list[str], found: Findings) -> None:
     """Compare the files with the marker."""
     files = read_marker(folder).get("files")
-    if not isinstance(files, dict):
+    if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
         found.damaged.append(f"{MARKER} is cut off or damaged")
         return
     for name, said in files.items():
@@ -158,6 +161,17 @@ def _compare(folder: Path, needs: list[str], found: Findings) -> None:
             )
         elif _hash(path) != said.get("sha256"):
             found.damaged.append(f"{name} was changed after it was saved (sha256)")
+
+
+def _is_entry(name: str, said: Any) -> bool:
+    """Whether a marker may say this: files are below the checkpoint, with names a disk can hold."""
+    path = Path(name)
+    return (
+        isinstance(said, dict)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and all(len(os.fsencode(part)) <= _LONGEST for part in path.parts)
+    )
 
 
 def _try_load(path: Path, found: Findings) -> None:

@@ -51,6 +51,12 @@ def install() -> None:
     _wrap(PreTrainedModel, "save_pretrained", _save_natively)
 
 
+def is_installed() -> bool:
+    """Whether PEFT's loading functions are still the wrapped ones."""
+    functions = (PeftModel.from_pretrained, PeftModel.load_adapter, save_and_load.safe_load_file)
+    return all(hasattr(function, _WRAPPED) for function in functions)
+
+
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     original = owner.__dict__[name]
     of_class = isinstance(original, classmethod)

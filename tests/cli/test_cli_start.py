@@ -74,7 +74,7 @@ def test_plan_prints_json_for_a_local_model(tmp_path):
 
 
 VERBS = ["train", "validate", "plan", "demo", "methods", "merge", "split"]
-VERBS += ["report", "eval", "export", "upcycle"]
+VERBS += ["report", "eval", "export", "upcycle", "doctor"]
 
 
 @pytest.mark.parametrize("verb", VERBS)

@@ -1,0 +1,65 @@
+"""Runs the checks that apply, and turns what they raise and warn of into findings."""
+
+import os
+import warnings
+from importlib import metadata
+from pathlib import Path
+
+from moeadapt.adapter_format.settings import SETTINGS
+from moeadapt.doctor.checks import CHECKS
+from moeadapt.doctor.finding import Check, Finding, Subject
+from moeadapt.errors import ConfigError, MoeAdaptError
+
+
+def examine(folder: str | Path | None = None, base: str | None = None) -> list[Finding]:
+    """Check the environment and, if given, a folder and its fit to a base.
+
+    Args:
+        folder: an adapter, a checkpoint, or the output of a training run.
+        base: a base model, loaded to compare it with the one the adapter was trained on.
+
+    Raises:
+        ConfigError: `folder` is no folder, or `base` is given without one.
+
+    Example:
+        >>> [f.what for f in examine("adapters/math") if f.level == "error"]
+        []
+    """
+    if folder is None and base is not None:
+        raise ConfigError("--base is compared with an adapter; give its folder, too")
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(f"{folder} is no folder; give one with an adapter or a training run")
+    subject = Subject(folder=None if folder is None else Path(folder), base=base)
+    found: list[Finding] = []
+    for name, check in CHECKS.items():
+        if _applies(check, subject):
+            new = _run(name, check, subject)
+            found.extend(new or [Finding(check=name, level="ok", what=check.line)])
+            if check.scope == "adapter" and any(f.level == "error" for f in new):
+                subject.facts["failed"] = True
+    return found
+
+
+def _applies(check: Check, subject: Subject) -> bool:
+    has_adapter = subject.folder is not None and os.path.lexists(subject.folder / SETTINGS)
+    return {
+        "environment": True,
+        "folder": subject.folder is not None,
+        "adapter": has_adapter,
+        "base": has_adapter and subject.base is not None,
+    }[check.scope]
+
+
+def _run(name: str, check: Check, subject: Subject) -> list[Finding]:
+    found: list[Finding] = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", category=UserWarning, module="moeadapt")
+        try:
+            found.extend(check.run(subject))
+        except (MoeAdaptError, OSError, metadata.PackageNotFoundError) as error:
+            found.append(Finding(check=name, level="error", what=str(error), why=check.why))
+    for warning in said:
+        what = str(warning.message)
+        found.append(Finding(check=name, level="warning", what=what, why="loading warns of it"))
+    return found
