@@ -8,7 +8,16 @@
 Nothing here imports torch, transformers or gguf until a model is really converted.
 """
 
-from moeadapt.embedded.model import MODELS, cache_folder, resolve_model
+from moeadapt.embedded.model import MODELS, cache_folder, find_model, resolve_model
 from moeadapt.embedded.tasks import TASKS, TaskData, load_task, mix
 
-__all__ = ["MODELS", "TASKS", "TaskData", "cache_folder", "load_task", "mix", "resolve_model"]
+__all__ = [
+    "MODELS",
+    "TASKS",
+    "TaskData",
+    "cache_folder",
+    "find_model",
+    "load_task",
+    "mix",
+    "resolve_model",
+]
