@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_utils import has_length
 
+from moeadapt.training.ddp import check_ddp
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.session import Session, check_setup, restore_routers
 from moeadapt.tuner.context import find_context
@@ -80,6 +81,7 @@ class MoeAdaptCallback(TrainerCallback):
         """Repair the routers while nothing has been built on their dtype."""
         if model is not None and find_context(model) is not None:
             restore_routers(model)
+            check_ddp(args)
 
     def on_train_begin(
         self,

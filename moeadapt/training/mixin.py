@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
+from moeadapt.training.ddp import fit_ddp
 from moeadapt.training.param_groups import RouterOptions, split_router_params
 from moeadapt.training.session import Session, check_setup, require_adapter, restore_routers
 
@@ -67,6 +68,9 @@ class MoETrainerMixin(_Trainer):
             "weight_decay": router_weight_decay,
             "max_grad_norm": router_max_grad_norm,
         }
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, TrainingArguments):
+                fit_ddp(value)
         super().__init__(*args, **kwargs)
         require_adapter(self.model)
         self.add_callback(_Events(self))

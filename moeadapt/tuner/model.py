@@ -67,6 +67,9 @@ class MoeLoraModel(BaseTuner):
         except Exception:
             # Injected natively, this mapping is the model's own and outlives the refusal.
             self.peft_config.pop(adapter_name, None)
+            if not hasattr(model, "peft_config"):
+                # transformers notes its first adapter before it is there.
+                vars(model).pop("_hf_peft_config_loaded", None)
             if fresh:
                 detach_context(model)
             raise

@@ -29,10 +29,11 @@ CALLS = {
 }
 
 CALL_ALL = """
-import sys
+import os, sys
 from moeadapt.cli import main
-for args in {calls!r}:
-    sys.argv = ["moeadapt", *args]
+for args in {calls!a}:
+    # As the system would hand them over.
+    sys.argv = ["moeadapt", *(os.fsdecode(arg.encode()) for arg in args)]
     try:
         main()
     except SystemExit as end:
