@@ -1,6 +1,7 @@
 """Training runs on the CPU that ought to be one and the same, in one process or in two.
 
-Run as `python -m tests.faults.runs FOLDER` in each of two processes of a distributed launch.
+Run as `python -m tests.faults.runs FOLDER`: alone, or in each of two processes of a distributed
+launch. Not inside pytest, whose run-time type checks take longer than these tiny models.
 """
 
 import os
@@ -12,7 +13,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 import moeadapt
 from moeadapt.training.mixin import MoETrainerMixin
@@ -44,7 +45,6 @@ DOUBLE: dict[str, dict[str, Any]] = {
     "2 x 2x1 reentrant": {"size": 2, "accumulate": 1, "checkpointing": "reentrant"},
     "2 x 2x1 non_reentrant": {"size": 2, "accumulate": 1, "checkpointing": "non_reentrant"},
     "token 2 x 2x1": {"size": 2, "accumulate": 1, "balance": TOKEN_LOSSES},
-    "token 2 x 1x2": {"size": 1, "accumulate": 2, "balance": TOKEN_LOSSES},
 }
 """Runs in two processes."""
 
@@ -56,6 +56,7 @@ class MoETrainer(MoETrainerMixin, Trainer):
 def build(num_experts: int = 4, **overrides: Any) -> PeftModel:
     """Return a model of one layer with a router per block."""
     fields = {"num_experts": num_experts, "balance": MICRO_BATCH_LOSSES, **overrides}
+    fields["target_modules"] = ["gate_proj", "up_proj", "down_proj"]
     return adapt(tiny("llama", num_hidden_layers=1), moe_config("block", **fields)).train()
 
 
@@ -109,6 +110,7 @@ def train(
         disable_tqdm=True,
     )
     trainer = MoETrainer(model, args, train_dataset=data or rows())
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return trainer
 
@@ -163,23 +165,38 @@ def disjoint_rows(model: PeftModel) -> list[dict[str, Tensor]]:
     return [{**{k: v[0] for k, v in row.items()}, "labels": row["input_ids"][0]} for row in turns]
 
 
-def main(folder: Path) -> None:
+DISJOINT = {"max_steps": 3, "train_sampling_strategy": "sequential"}
+
+
+def disjoint_model() -> PeftModel:
+    """Return a model with one of eight experts per token."""
+    return build(num_experts=8, router={"name": "top_k", "k": 1, "init_std": 0.5})
+
+
+def alone(folder: Path) -> None:
+    """Train every run of `SINGLE`, and the one of `together` on both processes' rows."""
+    report = {name: found(train(folder / "out", **run)) for name, run in SINGLE.items()}
+    model = disjoint_model()
+    data = disjoint_rows(model)
+    report["disjoint"] = found(train(folder / "out", 1, 2, model=model, data=data, **DISJOINT))
+    torch.save(report, folder / "report.pt")
+
+
+def together(folder: Path) -> None:
     """Train every run of `DOUBLE`, and one whose processes have no expert in common."""
-    torch.set_num_threads(1)
     report: dict[str, Any] = {}
     for name, options in DOUBLE.items():
         report[name] = found(train(folder / "out", **options))
     rank = torch.distributed.get_rank()
-    model = build(num_experts=8, router={"name": "top_k", "k": 1, "init_std": 0.5})
+    model = disjoint_model()
     tokens = disjoint_tokens(model)
-    wrapped = DistributedDataParallel(model)
-    report["disjoint ddp"] = gradients(wrapped, tokens[rank])
-    fresh = build(num_experts=8, router={"name": "top_k", "k": 1, "init_std": 0.5})
-    options = {"max_steps": 3, "train_sampling_strategy": "sequential"}
+    report["disjoint ddp"] = gradients(DistributedDataParallel(model), tokens[rank])
+    fresh = disjoint_model()
     data = disjoint_rows(fresh)
-    report["disjoint"] = found(train(folder / "out", 1, 1, model=fresh, data=data, **options))
+    report["disjoint"] = found(train(folder / "out", 1, 1, model=fresh, data=data, **DISJOINT))
     torch.save(report, folder / f"report-{rank}.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    torch.set_num_threads(1)
+    (together if "RANK" in os.environ else alone)(Path(sys.argv[1]))
