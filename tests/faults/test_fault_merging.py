@@ -1,5 +1,6 @@
 """Cases 69 to 72: a mixture is merged only by name, with its error, and exported to parity."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import moeadapt
 from moeadapt.errors import ConfigError, UnsupportedError
 from tests.faults.cli import call
 from tests.tiny import KINDS, LORA_KINDS, adapted, batch, logits, saved_base
-from tests.toy import toy_tokenizer
+from tests.toy import sentences, toy_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -87,10 +88,15 @@ def test_fault_071_the_error_of_a_merge_is_printed(tmp_path: Path) -> None:
     toy_tokenizer().save_pretrained(base)
     adapted("llama", "block").save_pretrained(tmp_path / "adapter")
     arguments = ["merge", str(tmp_path / "adapter"), "--base", base, "--out"]
-    done = call(*arguments, str(tmp_path / "merged"), "--method", "uniform")
-    assert done.code == 0, done.err
-    assert "residual" in done.out
-    assert (tmp_path / "merged/adapter_model.safetensors").is_file()
+    rows = [json.dumps({"text": text}) for text in sentences(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    data = ["--data", str(tmp_path / "rows.jsonl")]
+    for name, options in (("merged", data), ("blind", [])):
+        done = call(*arguments, str(tmp_path / name), "--method", "uniform", *options)
+        assert done.code == 0, done.err
+        said = "Mean residual (0 exact, 1 no adapter)" if options else "residual: not measured"
+        assert said in done.out
+        assert (tmp_path / name / "adapter_model.safetensors").is_file()
     # Without a method it is the one that measures, which needs data.
     assert call(*arguments, str(tmp_path / "other")).code == 2
     assert not (tmp_path / "other").exists()
