@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 from moeadapt.routers import Router
+from moeadapt.tuner.quiet import without_warnings
 from tests.tiny import KINDS, adapted, batch, logits, saved_base, tiny
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -154,3 +155,22 @@ def test_fault_083_eight_threads_load_adapters_at_once(tmp_path: Path) -> None:
         assert isinstance(found[number], torch.Tensor), found[number]
         assert_close(found[number], expected[number], rtol=0, atol=0)
     assert warnings.filters == filters, "a warning filter of one thread is left to all"
+
+
+def test_fault_083_overlapping_checks_leave_the_warning_filters_alone() -> None:
+    """The order in which two threads, each restoring what it found, would leave them silenced."""
+    filters = list(warnings.filters)
+    inside, done = threading.Event(), threading.Event()
+
+    def second() -> None:
+        with without_warnings():
+            inside.set()
+            done.wait(10)
+
+    thread = threading.Thread(target=second)
+    with without_warnings():
+        thread.start()
+        inside.wait(0.3)
+    done.set()
+    thread.join()
+    assert warnings.filters == filters
