@@ -50,7 +50,8 @@ def domains_panel(data: ReportData) -> Panel:
 def _lift(data: ReportData) -> Picture:
     labels = short_names([layer.name for layer in data.layers])
     layers = spread(len(data.layers), MOST_LAYERS)
-    experts = shown_experts(data).indices
+    shown = shown_experts(data)
+    experts = shown.indices
     cells = [
         {
             "layer": f"layer {labels[index]}",
@@ -62,7 +63,7 @@ def _lift(data: ReportData) -> Picture:
         }
         for index in layers
         for row, name in enumerate(data.domains)
-        for expert in experts
+        for expert in shown.within(len(data.layers[index].load))
     ]
     base = _lift_marks([str(expert) for expert in experts], data.domains)
     marks = alt.layer(
