@@ -49,6 +49,7 @@ def make_layer(
         p_value=[[0.01 if abs(math.log2(x)) > 0.6 else 0.4 for x in row] for row in lift],
         mutual_information=information,
         mutual_information_null=0.035,
+        mutual_information_high=0.06,
         mutual_information_p=0.005 if information > 0.06 else 0.3,
         similarity=symmetric(rng, experts, 1.0, lambda: rng.gauss(0.05, 0.12)) if similar else None,
         coactivation=symmetric(rng, experts, 0.3, lambda: rng.random() * 2 / experts**1.5),

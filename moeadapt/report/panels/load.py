@@ -162,8 +162,8 @@ def _bars(key: str, title: str, end: Number, order: list[str], row: int) -> Any:
 
 def _sentence(data: ReportData) -> str:
     worst = max(data.layers, key=lambda layer: layer.max_over_mean)
-    most = "" if one_size(data) else "up to "
+    experts = f"{'' if one_size(data) else 'up to '}{data.num_experts} experts"
     return (
-        f"Load of {most}{data.num_experts} experts in {len(data.layers)} layers. The busiest expert "
-        f"takes {number(worst.max_over_mean)} times the balanced load, in {worst.name}."
+        f"Load of {experts} in {len(data.layers)} layers. The busiest expert takes "
+        f"{number(worst.max_over_mean)} times the balanced load, in {worst.name}."
     )
