@@ -85,8 +85,8 @@ def best_single(alone_EN: Float[Tensor, "E N"]) -> Float[Tensor, " N"]:
 
     The smallest of many losses on the very texts that they are compared on is small by luck too, so
     every text is judged with an expert that was chosen without it. The halves are the texts of even
-    and of odd number, so that both have texts of every domain. A single text has no other half and
-    gets the first expert; no verdict is drawn from so few.
+    and of odd number, so that both have texts of every domain that has two. A single text has no
+    other half and gets the first expert; no verdict is drawn from so few.
 
     Args:
         alone_EN: summed loss of each text with each expert alone.
