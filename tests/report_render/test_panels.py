@@ -95,6 +95,12 @@ def test_an_unused_expert_and_numbers_that_are_none_can_be_drawn():
             assert "nan" not in picture.alt
 
 
+def test_line_separators_in_a_domains_name_do_not_stop_the_charts():
+    data = sample(layers=1, domains=["a\u2028b", "c\u2029d"])
+    for picture in domains_panel(data).pictures:
+        assert not {"\u2028", "\u2029"} & set(picture.svg)
+
+
 def test_hollow_marks_are_those_that_could_be_chance():
     data = sample(layers=1)
     layer = dataclasses.replace(data.layers[0], p_value=[[0.5] * 8, [0.05] * 8, [0.5] * 8])
