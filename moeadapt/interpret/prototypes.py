@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError
+from moeadapt.interpret.losses import as_batches
 from moeadapt.interpret.observe import Observed, observe
 from moeadapt.interpret.scope import choose_experts, choose_layers
-from moeadapt.tuner.probe import read_batches
+from moeadapt.tuner.probe import Batch, read_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +61,8 @@ def prototypes(
         layers: layers or blocks, named as by `collect_routing`; None: all.
         experts: which ones; None: all.
         context: tokens shown on either side, at least 0.
-        batch_size: texts per forward.
-        max_length: tokens of a text, the rest is cut.
+        batch_size: texts per forward; batches stay as they are.
+        max_length: tokens of a text, the rest is cut; batches stay as they are.
 
     Returns:
         Layer or block -> expert -> its tokens, the largest weight first.
@@ -77,8 +78,13 @@ def prototypes(
     chosen = choose_experts(choose_layers(model, layers), experts)
     if per_expert < 1 or context < 0:
         raise ConfigError(f"per_expert={per_expert} must be 1 or more, context={context} 0 or more")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    data = read_batches(texts, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
+    items: list[Any] = [texts] if isinstance(texts, str | Batch) else list(texts)
+    if any(isinstance(item, str) for item in items):
+        data = read_batches(
+            items, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+        )
+    else:
+        data = as_batches(items)
     seen = observe(model, data, list(chosen))
     special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", [])), dtype=torch.int64)
     allowed = ~torch.isin(seen.token_ids, special)

@@ -5,7 +5,7 @@ import torch
 
 import moeadapt
 from moeadapt.errors import ConfigError
-from moeadapt.interpret import prototypes
+from moeadapt.interpret import prototypes, read_batches
 from tests.interpret.kit import model_of, model_with_idle_expert
 from tests.tiny import logits
 from tests.toy import sentences, toy_tokenizer
@@ -74,3 +74,13 @@ def test_wrong_counts_and_texts_are_refused(model):
         prototypes(model, TOKENIZER, [])
     with pytest.raises(ConfigError, match="padding token"):
         prototypes(model, None, TEXTS)
+
+
+def test_batches_give_what_their_texts_give(model):
+    batches = read_batches(TEXTS, tokenizer=TOKENIZER, batch_size=3)
+    expected = prototypes(model, TOKENIZER, TEXTS, batch_size=3)
+    assert prototypes(model, TOKENIZER, batches) == expected
+    mappings = [dict(batch.inputs) for batch in batches]
+    assert prototypes(model, TOKENIZER, mappings) == expected
+    first = prototypes(model, TOKENIZER, TEXTS[:3], batch_size=3)
+    assert prototypes(model, TOKENIZER, batches[0]) == first
