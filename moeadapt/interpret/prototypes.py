@@ -11,7 +11,7 @@ from moeadapt.errors import ConfigError
 from moeadapt.interpret.losses import as_batches
 from moeadapt.interpret.observe import Observed, observe
 from moeadapt.interpret.scope import choose_experts, choose_layers
-from moeadapt.tuner.probe import Batch, read_batches
+from moeadapt.tuner.probe import read_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ def prototypes(
     chosen = choose_experts(choose_layers(model, layers), experts)
     if per_expert < 1 or context < 0:
         raise ConfigError(f"per_expert={per_expert} must be 1 or more, context={context} 0 or more")
-    items: list[Any] = [texts] if isinstance(texts, str | Batch) else list(texts)
+    items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
     if any(isinstance(item, str) for item in items):
         data = read_batches(
             items, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
