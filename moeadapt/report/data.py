@@ -66,7 +66,8 @@ class Layer:
         active: experts that a token uses, mean.
         entropy: of a token's probabilities, null experts included, mean, in bits.
         lift: how much oftener a domain uses an expert than all tokens do [D][E]; 1 is as often.
-        p_value: of that lift, two-sided, by permutation of the domains of the texts [D][E].
+        p_value: of that lift, two-sided, by permutation of the domains of the texts [D][E]; not
+            adjusted for their number, which the page does.
         mutual_information: between domain and main expert, in bits.
         mutual_information_null: mean under permutation, in bits.
         mutual_information_high: what one permutation in 20 exceeds, in bits.
