@@ -64,6 +64,9 @@ def context_independence(
 ) -> ContextIndependence:
     """Measure how well a table from token id to main expert would do. One pass.
 
+    Ids are permuted token by token, as if tokens of one text were independent. They are not, so
+    p-values are too small: believe `adjusted`, not a small p.
+
     Args:
         model: the model, in any wrapper.
         batches: what to measure on, see `read_batches`.

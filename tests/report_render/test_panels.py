@@ -70,7 +70,8 @@ def test_a_number_that_rounds_to_zero_has_no_sign():
 @pytest.mark.parametrize(
     ("low", "high", "reading"),
     [(0.01, 0.2, "worse than learned"), (-0.2, -0.01, "better than learned"),
-     (-0.1, 0.1, "no clear difference")],
+     (-0.1, 0.1, "no clear difference"), (1e-7, 2e-6, "no clear difference"),
+     (-2e-6, -1e-7, "no clear difference")],
 )  # fmt: skip
 def test_a_difference_is_read_from_its_interval(low, high, reading):
     data = sample()
