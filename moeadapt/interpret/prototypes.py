@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -85,25 +86,42 @@ def prototypes(
         )
     else:
         data = as_batches(items)
-    seen = observe(model, data, list(chosen))
     special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", [])), dtype=torch.int64)
-    allowed = ~torch.isin(seen.token_ids, special)
+
+    def keep(layer: str, weights: Tensor, ids: Tensor) -> dict[int, list[tuple[int, float]]]:
+        allowed = weights.masked_fill(torch.isin(ids, special).unsqueeze(1), 0)
+        return {expert: _largest(allowed[:, expert], per_expert) for expert in chosen[layer]}
+
+    seen = observe(model, data, list(chosen), keep)
+    starts = [0, *accumulate(seen.sizes)]
     found: dict[str, dict[int, tuple[Prototype, ...]]] = {}
     for name, own in chosen.items():
         found[name] = {}
         for expert in own:
-            weights = seen.weights[name][:, expert]
-            best = _largest(weights.masked_fill(~allowed, 0), per_expert)
+            every = [
+                (start + index, weight)
+                for start, kept in zip(starts, seen.kept[name], strict=False)
+                for index, weight in kept[expert]
+            ]
+            best = sorted(every, key=lambda one: (-one[1], one[0]))[:per_expert]
             found[name][expert] = tuple(
-                _prototype(seen, tokenizer, index, float(weights[index]), context) for index in best
+                _prototype(seen, tokenizer, index, weight, context) for index, weight in best
             )
     return found
 
 
-def _largest(weights: Tensor, number: int) -> list[int]:
-    """Return the places of the largest weights above 0, earlier ones first among equals."""
-    order = torch.argsort(weights, descending=True, stable=True)[:number]
-    return [int(index) for index in order if weights[index] > 0]
+def _largest(weights: Tensor, number: int) -> list[tuple[int, float]]:
+    """Return place and size of the largest weights above 0, earlier ones first among equals."""
+    number = min(number, len(weights))
+    if not number:
+        return []
+    # topk alone picks any of equal ones.
+    least = weights.topk(number).values[-1]
+    places = torch.cat(
+        [torch.nonzero(weights > least), torch.nonzero(weights == least)[:number]]
+    ).flatten()
+    order = torch.argsort(weights[places], descending=True, stable=True)[:number]
+    return [(int(i), float(weights[i])) for i in places[order] if weights[i] > 0]
 
 
 def _prototype(
