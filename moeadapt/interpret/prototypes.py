@@ -1,6 +1,6 @@
 """Which tokens does an expert take with the largest weight, and what stands around them?"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -12,7 +12,7 @@ from moeadapt.errors import ConfigError
 from moeadapt.interpret.losses import as_batches
 from moeadapt.interpret.observe import Observed, observe
 from moeadapt.interpret.scope import choose_experts, choose_layers
-from moeadapt.tuner.probe import read_batches
+from moeadapt.tuner.probe import Batch, read_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,28 +86,44 @@ def prototypes(
         )
     else:
         data = as_batches(items)
-    special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", [])), dtype=torch.int64)
-
-    def keep(layer: str, weights: Tensor, ids: Tensor) -> dict[int, list[tuple[int, float]]]:
-        allowed = weights.masked_fill(torch.isin(ids, special).unsqueeze(1), 0)
-        return {expert: _largest(allowed[:, expert], per_expert) for expert in chosen[layer]}
-
-    seen = observe(model, data, list(chosen), keep)
-    starts = [0, *accumulate(seen.sizes)]
+    seen = _observe(model, tokenizer, data, chosen, per_expert)
     found: dict[str, dict[int, tuple[Prototype, ...]]] = {}
     for name, own in chosen.items():
         found[name] = {}
         for expert in own:
-            every = [
-                (start + index, weight)
-                for start, kept in zip(starts, seen.kept[name], strict=False)
-                for index, weight in kept[expert]
-            ]
-            best = sorted(every, key=lambda one: (-one[1], one[0]))[:per_expert]
+            best = _best(seen, name, expert, per_expert)
             found[name][expert] = tuple(
                 _prototype(seen, tokenizer, index, weight, context) for index, weight in best
             )
     return found
+
+
+def _observe(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Sequence[Batch],
+    chosen: Mapping[str, Sequence[int]],
+    number: int,
+) -> Observed:
+    """Keep, of each batch, layer and expert, the tokens that may be among the best of all."""
+    special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", [])), dtype=torch.int64)
+
+    def keep(layer: str, weights: Tensor, ids: Tensor) -> dict[int, list[tuple[int, float]]]:
+        allowed = weights.masked_fill(torch.isin(ids, special).unsqueeze(1), 0)
+        return {expert: _largest(allowed[:, expert], number) for expert in chosen[layer]}
+
+    return observe(model, data, list(chosen), keep)
+
+
+def _best(seen: Observed, layer: str, expert: int, number: int) -> list[tuple[int, float]]:
+    """Return place and weight of an expert's best tokens of all batches."""
+    starts = [0, *accumulate(seen.sizes)]
+    every = [
+        (start + index, weight)
+        for start, kept in zip(starts, seen.kept[layer], strict=False)
+        for index, weight in kept[expert]
+    ]
+    return sorted(every, key=lambda one: (-one[1], one[0]))[:number]
 
 
 def _largest(weights: Tensor, number: int) -> list[tuple[int, float]]:

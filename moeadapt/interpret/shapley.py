@@ -81,14 +81,7 @@ def shapley(
     sizes = choose_layers(model, None if layer is None else [layer])
     number = max(sizes.values())
     exact = number <= EXACT_UP_TO if exact is None else exact
-    if exact and number > MOST_EXACT:
-        raise ConfigError(
-            f"exact=True takes 2^{number} passes over the batches for {number} experts; it is for "
-            f"{MOST_EXACT} at most. Leave it out to sample permutations, or choose fewer experts "
-            "with layer="
-        )
-    if not exact and samples < 2:  # noqa: PLR2004
-        raise ConfigError(f"samples={samples} must be 2 or more permutations")
+    _check(exact, number, samples)
     data = as_batches(batches)
     measured: dict[frozenset[int], float] = {}
 
@@ -113,6 +106,17 @@ def shapley(
         all_off=value(frozenset()),
         coalitions=len(measured),
     )
+
+
+def _check(exact: bool, number: int, samples: int) -> None:
+    if exact and number > MOST_EXACT:
+        raise ConfigError(
+            f"exact=True takes 2^{number} passes over the batches for {number} experts; it is for "
+            f"{MOST_EXACT} at most. Leave it out to sample permutations, or choose fewer experts "
+            "with layer="
+        )
+    if not exact and samples < 2:  # noqa: PLR2004
+        raise ConfigError(f"samples={samples} must be 2 or more permutations")
 
 
 def exact_values(value: Value, players: int) -> tuple[float, ...]:
