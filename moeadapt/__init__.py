@@ -12,6 +12,8 @@ from moeadapt.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from moeadapt import errors as errors
+    from moeadapt import evaluation as evaluation
+    from moeadapt import interpret as interpret
     from moeadapt.adapter_format.options import loading_options as loading_options
     from moeadapt.balance import BALANCE as BALANCE
     from moeadapt.experts import EXPERTS as EXPERTS
@@ -52,9 +54,11 @@ _HOME = {
     "densify": "moeadapt.export.merge",
     "distill": "moeadapt.training.distill",
     "errors": "moeadapt",
+    "evaluation": "moeadapt",
     "export": "moeadapt",
     "init_from_adapters": "moeadapt.tuner.from_adapters",
     "init_routers_kmeans": "moeadapt.tuner.init",
+    "interpret": "moeadapt",
     "load_adapter_checked": "moeadapt.tuner.checked",
     "loading_options": "moeadapt.adapter_format.options",
     "merge": "moeadapt.export.merge",
@@ -74,7 +78,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'moeadapt' has no attribute {name!r}")
-    if name in ("errors", "export", "report", "surgery"):
+    if name in ("errors", "evaluation", "export", "interpret", "report", "surgery"):
         return importlib.import_module(f"{_HOME[name]}.{name}")
     return getattr(importlib.import_module(_HOME[name]), name)
 

@@ -63,9 +63,11 @@ def check_row(row: Any, where: str) -> None:
     for name in ("text", "prompt", "completion", "domain"):
         if name in row and not isinstance(row[name], str):
             raise ConfigError(
-                f"{where}: {name} is a {type(row[name]).__name__}, not a string; conversations go "
-                "into messages"
+                f"{where}: {name} is a {type(row[name]).__name__}, not a string"
+                + ("; leave it out" if name == "domain" else "; conversations go into messages")
             )
+        if not _is_text(row.get(name, "")):
+            raise ConfigError(f"{where}: {name} holds half of a surrogate pair, which is no text")
     messages = row.get("messages", [{"role": "", "content": ""}])
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise ConfigError(
@@ -73,9 +75,17 @@ def check_row(row: Any, where: str) -> None:
         )
 
 
+def _is_text(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _is_message(one: Any) -> bool:
     return isinstance(one, dict) and all(
-        isinstance(one.get(name), str) for name in ("role", "content")
+        isinstance(one.get(name), str) and _is_text(one[name]) for name in ("role", "content")
     )
 
 

@@ -20,6 +20,7 @@ from moeadapt.errors import ConfigError
 from moeadapt.registry import ComponentConfig, explain
 from moeadapt.routers import ROUTERS, RouterConfig
 from moeadapt.routers.linear import LinearRouterConfig
+from moeadapt.routers.scheduled import RouterSettings
 from moeadapt.routers.top_k import TopKConfig
 
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -92,6 +93,15 @@ class ScheduleValues:
     expert_dropout: float = 0.0
     frozen: bool = False
     rate: float = 1.0
+
+    def settings(self, config: RouterConfig) -> RouterSettings:
+        """Return them as a router takes them, its own values filled in."""
+        own_k = getattr(config, "k", None) if config.k_can_change else None
+        return RouterSettings(
+            temperature=self.temperature or getattr(config, "temperature", 1.0),
+            k=self.k or own_k,
+            gate_dropout=self.gate_dropout,
+        )
 
 
 class ScheduleConfig(ComponentConfig):

@@ -204,6 +204,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if args.toy and args.results == RESULTS:
+        parser.error("--toy measures nothing: name a folder of its own with --results")
     preset = FULL if args.full else TOY if args.toy else SMALL
     if args.steps:
         preset = replace(preset, steps=args.steps)

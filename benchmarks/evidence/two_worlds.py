@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None, progress: Callable[[str], None] | N
     parser = argparse.ArgumentParser(prog="two_worlds", description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--no-csv", action="store_true")

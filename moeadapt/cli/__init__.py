@@ -1,5 +1,8 @@
 """The command line: `moeadapt <verb>`. One file per verb; heavy imports wait until a verb runs."""
 
+import io
+import sys
+
 import typer
 
 from moeadapt.cli import (
@@ -34,10 +37,11 @@ for verb in _VERBS:
     verb.add_to(app)
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -54,4 +58,8 @@ def main() -> None:
 
     Exit codes: 0 done, 1 failed while working, 2 the input is wrong, 130 interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character gets a question mark, not a traceback.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     app()

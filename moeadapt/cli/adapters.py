@@ -13,6 +13,8 @@ BASE_HELP = "Base model; default: the one the adapter names."
 DTYPE_HELP = "Type the base is loaded in: auto, float32, bfloat16 or float16."
 
 
+DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1 ..."
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -68,6 +70,26 @@ def load_adapter(
         raise AssetError(f"cannot read the adapter {folder}: {error}") from error
     adapted.peft_config["default"].base_model_name_or_path = name
     return adapted.eval(), tokenizer
+
+
+def to_device(model: Any, device: str) -> Any:
+    """Move a model to where it is measured.
+
+    Args:
+        model: the model.
+        device: a name of torch, or `auto`: a GPU if there is one.
+
+    Raises:
+        ConfigError: there is no such device, or the model does not fit.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"--device {device}: {str(error).partition(chr(10))[0]}") from None
 
 
 def read_config(folder: str) -> Any:

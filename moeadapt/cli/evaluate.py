@@ -1,5 +1,6 @@
 """`moeadapt eval ADAPTER --data rows.jsonl`: held-out losses, comparisons, forgetting, tasks."""
 
+import gc
 import json
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeadapt.cli.adapters import BASE_HELP, DTYPE_HELP, load_adapter
+from moeadapt.cli.adapters import BASE_HELP, DEVICE_HELP, DTYPE_HELP, load_adapter, to_device
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
 from moeadapt.rows import Row, read_rows
@@ -35,7 +36,7 @@ class _Job:
     generate: bool
     max_new_tokens: int | None
     batch_size: int
-    max_length: int
+    max_length: int | None
     seed: int
 
 
@@ -73,9 +74,11 @@ def evaluate(
     include_path: str | None = typer.Option(None, help="Folder with tasks of your own."),
     base: str | None = typer.Option(None, help=BASE_HELP),
     dtype: str = typer.Option("auto", help=DTYPE_HELP),
-    device: str = typer.Option("auto", help="auto (a GPU if there is one), cpu, cuda, cuda:1 ..."),
+    device: str = typer.Option("auto", help=DEVICE_HELP),
     batch_size: int = typer.Option(8, min=1, help="Rows computed together."),
-    max_length: int = typer.Option(1024, min=2, help="Tokens of a row, the rest is cut."),
+    max_length: int | None = typer.Option(
+        None, min=2, help="Tokens of a row, the rest is cut; default: 1024, for --tasks all."
+    ),
     seed: int = typer.Option(0, help="Of the bootstrap."),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable results."),
     out: str | None = typer.Option(None, help="File to write the results to, new."),
@@ -171,7 +174,9 @@ def _run(
     if against == BASE_ARM:
         other, theirs = _measure(job, model, tokenizer, off=True)
     else:
-        del model  # before the other is loaded: two bases may not fit
+        # Before the other is loaded, since two bases may not fit.
+        del model
+        _free()
         other, theirs = _measure(job, *_load(against, *place))
     results["other"] = other
     if own is not None:
@@ -188,7 +193,10 @@ def _measure(
 
     found: dict[str, Any] = {}
     evaluation = None
-    shared: Any = {"batch_size": job.batch_size, "max_length": job.max_length, "seed": job.seed}
+    shared: Any = {"batch_size": job.batch_size, "seed": job.seed}
+    if job.max_length is not None:
+        # Not a default of its own: the prompts of tasks are longer than rows, and would be cut.
+        shared["max_length"] = job.max_length
     with model.disable_adapter() if off else nullcontext():
         if job.data is not None:
             options: Any = {"generate": job.generate, "max_new_tokens": job.max_new_tokens}
@@ -218,14 +226,16 @@ def _known(folder: str) -> None:
 
 def _load(folder: str, base: str | None, dtype: str, device: str) -> tuple[Any, Any]:
     model, tokenizer = load_adapter(folder, base, dtype, PEFT_TYPES)
+    return to_device(model, device), tokenizer
+
+
+def _free() -> None:
+    """Give the memory of a model that nothing names any more back."""
     import torch
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {device}: {str(error).partition(chr(10))[0]}") from None
+    gc.collect()  # modules and hooks name each other, and such a ring is not freed at once
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _write(out: str, text: str) -> None:

@@ -196,6 +196,8 @@ def _print(found: dict[str, Any]) -> None:
             value = found["residuals"].get(key)
             table.add_row(key, str(rank), "exact" if value is None else f"{value:.3f}")
         console.print(table)
+    else:
+        console.print("residual: not measured; give --data to see how far this is from the mixture")
     if found["losses"]:
         held = "held-out rows" if found["held_out"] else "the data itself"
         names = list(found["losses"])

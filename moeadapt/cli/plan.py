@@ -1,11 +1,14 @@
 """`moeadapt plan <objective> --config recipe.yaml`: what a run will cost."""
 
 import json
+from collections.abc import Iterable
 
 import typer
 
 from moeadapt.cli.outcome import reports_errors
-from moeadapt.cli.train import OPEN_ENDED
+
+OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""Every field of the recipe is a flag; the recipe's own parser refuses what it does not know."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,10 +31,15 @@ def plan(
     if as_json:
         typer.echo(json.dumps(numbers.to_dict(), indent=2))
         return
+    print_rows(f"plan: {config or objective}", numbers.rows())
+
+
+def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print labels and values as a table."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"plan: {config or objective}", show_header=False)
-    for label, value in numbers.rows():
+    table = Table(title=title, show_header=False)
+    for label, value in rows:
         table.add_row(label, value)
     Console().print(table)

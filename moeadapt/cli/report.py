@@ -7,7 +7,15 @@ from typing import Any
 
 import typer
 
-from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, DTYPE_HELP, load_adapter, read_rows
+from moeadapt.cli.adapters import (
+    ADAPTER_HELP,
+    BASE_HELP,
+    DEVICE_HELP,
+    DTYPE_HELP,
+    load_adapter,
+    read_rows,
+    to_device,
+)
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
 
@@ -29,6 +37,7 @@ def report(
     out: str = typer.Option("report.html", help="Page to write; its numbers go beside it."),
     base: str | None = typer.Option(None, help=BASE_HELP),
     dtype: str = typer.Option("auto", help=DTYPE_HELP),
+    device: str = typer.Option("auto", help=DEVICE_HELP),
     log: str | None = typer.Option(None, help="trainer_state.json, or a folder that holds one."),
     max_length: int = typer.Option(256, help="Tokens of a text; the rest is cut."),
     max_texts: int | None = typer.Option(None, help="Texts per domain; default: all."),
@@ -49,7 +58,7 @@ def report(
         find_training_log(log)
     model, tokenizer = load_adapter(adapter, base, dtype)
     found = run(
-        model,
+        to_device(model, device),
         tokenizer,
         texts_by_domain(rows, tokenizer, max_texts),
         out,

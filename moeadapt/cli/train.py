@@ -3,9 +3,7 @@
 import typer
 
 from moeadapt.cli.outcome import reports_errors
-
-OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}
-"""Every field of the recipe is a flag; the recipe's own parser refuses what it does not know."""
+from moeadapt.cli.plan import OPEN_ENDED, print_rows
 
 
 def add_to(app: typer.Typer) -> None:
@@ -18,6 +16,9 @@ def train(
     context: typer.Context,
     objective: str = typer.Argument(help="sft, dpo, kto, grpo, rloo or reward."),
     config: str | None = typer.Option(None, help="A recipe; see configs/<objective>/*.yaml."),
+    dry_run: bool = typer.Option(
+        False, "--dry-run", help="Check the recipe and print the plan; no writes, no network."
+    ),
 ) -> None:
     """Train an adapter with one of TRL's trainers.
 
@@ -26,6 +27,14 @@ def train(
     moeadapt train sft --config configs/sft/smollm2_mixlora.yaml --moe.num_experts 4 --max_steps 50
     """
     from moeadapt.training.recipe import parse_recipe
+
+    recipe = parse_recipe(objective, config, context.args)
+    if dry_run:
+        from moeadapt.training.plan import plan_recipe
+
+        rows = [*plan_recipe(recipe, offline=True).rows(), *recipe.rows()]
+        print_rows(f"dry run: {config or objective}", rows)
+        return
     from moeadapt.training.run import run
 
-    run(parse_recipe(objective, config, context.args))
+    run(recipe)

@@ -3,7 +3,7 @@
 import typer
 
 from moeadapt.cli.outcome import reports_errors
-from moeadapt.cli.train import OPEN_ENDED
+from moeadapt.cli.plan import OPEN_ENDED
 
 
 def add_to(app: typer.Typer) -> None:

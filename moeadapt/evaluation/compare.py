@@ -1,4 +1,4 @@
-"""`compare`: two arms on the same rows, by a paired bootstrap."""
+"""`compare`: two arms on the same rows, by a paired bootstrap and flipped signs."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> Comparis
     Args:
         first: an arm, for example the baseline.
         second: another arm, on the same rows in the same order.
-        seed: of the bootstrap.
+        seed: of the bootstrap, and of the signs that are flipped.
 
     Raises:
         ConfigError: the rows are others, or were split into other tokens.

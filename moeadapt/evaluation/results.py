@@ -86,8 +86,9 @@ class Difference:
 
     Attributes:
         value: the difference of the two means.
-        interval: 95 %, paired bootstrap over rows; None for a single row.
-        p: two-sided; 1 for arms that are equal, and for a single row.
+        interval: 95 %, paired bootstrap over rows; None for fewer than 8 rows.
+        p: two-sided, by flipping the signs of the rows' differences; at least 2^(1 - rows), so 1
+            for a single row, and 1 for arms that are equal.
     """
 
     value: float

@@ -33,7 +33,7 @@ def evaluate(
             `text`; and maybe `domain`. Scored are the tokens of the completion with its end token,
             of the last message, or of the whole text.
         batch_size: rows computed together.
-        max_length: tokens of a row, the rest is cut.
+        max_length: tokens of a row, the rest is cut; at most the positions the model has.
         generate: also answer each prompt greedily and compare with the completion, white space
             aside; slow.
         max_new_tokens: tokens generated at most; None: for each row those of its answer and a few
@@ -49,6 +49,8 @@ def evaluate(
         >>> found.overall.nll
         0.42
     """
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    max_length = min(max_length, positions or max_length)
     ready = prepare(rows, tokenizer, max_length=max_length)
     losses = score_rows(model, tokenizer, ready, batch_size=batch_size)
     exact: list[bool | None] = [None] * len(ready)

@@ -1,5 +1,6 @@
 """Negative log likelihood of each row's answer."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ def score_rows(
     """Return each row's negative log likelihood in nats, summed over the tokens of its answer.
 
     Raises:
-        ConfigError: the model is no language model.
+        ConfigError: the model is no language model, or a loss is not finite.
     """
     found = [0.0] * len(rows)
     with evaluating(model):
@@ -34,6 +35,11 @@ def score_rows(
             losses, counts = row_losses(logits, labels.to(logits.device))
             assert counts == [row.tokens for row in own]
             for i, loss in zip(index, losses, strict=True):
+                if not math.isfinite(loss):
+                    raise ConfigError(
+                        f"the loss of row {i + 1} is {loss}, and what follows from it would mean "
+                        "nothing; the adapter holds NaN, or float16 overflows: try dtype float32"
+                    )
                 found[i] = loss
     return found
 

@@ -15,7 +15,7 @@ from torch import nn
 from moeadapt.errors import ConfigError
 from moeadapt.interpret.information import Information, compare_with_chance, shuffled
 from moeadapt.interpret.losses import as_batches
-from moeadapt.interpret.observe import main_expert, observe
+from moeadapt.interpret.observe import observe
 from moeadapt.interpret.scope import choose_layers
 
 # Bits: what is left of an entropy that chance explains in full.
@@ -64,6 +64,9 @@ def context_independence(
 ) -> ContextIndependence:
     """Measure how well a table from token id to main expert would do. One pass.
 
+    Ids are permuted token by token, as if tokens of one text were independent. They are not, so
+    p-values are too small: believe `adjusted`, not a small p.
+
     Args:
         model: the model, in any wrapper.
         batches: what to measure on, see `read_batches`.
@@ -92,7 +95,7 @@ def context_independence(
             "smaller min_count"
         )
     labels = ids[often]
-    experts = {name: main_expert(weights)[often] for name, weights in seen.weights.items()}
+    experts = {name: own[often] for name, own in seen.main_experts().items()}
     found = compare_with_chance(labels, experts, shuffled(labels), permutations, seed)
     return ContextIndependence(
         coverage=float(often.double().mean()),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError
 from moeadapt.interpret.losses import as_batches, logits_of, real_tokens, require_labels, token_nll
-from moeadapt.interpret.observe import main_expert, observe
+from moeadapt.interpret.observe import observe
 from moeadapt.interpret.scope import choose_layers
 from moeadapt.routing import Routing
 from moeadapt.tuner.override import override_routing
@@ -78,14 +78,13 @@ def gate_sensitivity(
     data = as_batches(batches)
     require_labels(data)
     squares, sums, tokens = _derivatives(model, data, names)
-    plain = observe(model, data, names)
+    plain = observe(model, data, names).main_experts()
     moved: dict[str, list[float]] = {name: [] for name in names}
     for scale in noise:
         with _noisy_embeddings(model, scale, seed):
-            noisy = observe(model, data, names)
+            noisy = observe(model, data, names).main_experts()
         for name in names:
-            other = main_expert(noisy.weights[name]) != main_expert(plain.weights[name])
-            moved[name].append(float(other.double().mean()))
+            moved[name].append(float((noisy[name] != plain[name]).double().mean()))
     return GateSensitivity(
         rms={name: tuple((squares[name] / tokens).sqrt().tolist()) for name in names},
         mean={name: tuple((sums[name] / tokens).tolist()) for name in names},

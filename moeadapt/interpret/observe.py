@@ -1,10 +1,13 @@
-"""The routing weights of every real token, layer by layer.
+"""What the routers do with every real token, layer by layer.
 
-Letters: N real tokens of all batches, E experts of a layer.
+Weights are reduced batch by batch, so that memory does not grow with tokens times experts.
+
+Letters: N real tokens of all batches, B those of one batch, E experts of a layer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +19,9 @@ from moeadapt.routing import Routing
 from moeadapt.tuner.inspect import collect_routing
 from moeadapt.tuner.probe import Batch, call, evaluating
 
+Keep = Callable[[str, Float[Tensor, "B E"], Int[Tensor, " B"]], Any]
+"""Makes of a layer's name, its weights in a batch and the token ids what is kept of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Observed:
@@ -25,23 +31,42 @@ class Observed:
         token_ids: vocabulary ids.
         positions: place in the text, counted from 0, padding left out.
         texts: number of the text, over all batches.
-        weights: layer -> routing weights, null experts left out.
+        kept: layer -> what was kept of each batch.
+        sizes: real tokens of each batch.
     """
 
     token_ids: Int[Tensor, " N"]
     positions: Int[Tensor, " N"]
     texts: Int[Tensor, " N"]
-    weights: dict[str, Float[Tensor, "N E"]]
+    kept: dict[str, list[Any]]
+    sizes: tuple[int, ...]
+
+    def main_experts(self) -> dict[str, Int[Tensor, " N"]]:
+        """Return layer -> main expert of each token, if it is what was kept."""
+        return {layer: torch.cat(parts) for layer, parts in self.kept.items()}
 
 
-def observe(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -> Observed:
-    """Run the model in eval mode without gradients and keep what it routes.
+def keep_main(_: str, weights: Float[Tensor, "B E"], __: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
+    """Keep the main expert of each token."""
+    return main_expert(weights)
+
+
+def observe(
+    model: nn.Module, batches: Sequence[Batch], layers: Sequence[str], keep: Keep = keep_main
+) -> Observed:
+    """Run the model in eval mode without gradients and keep something of what it routes.
+
+    Args:
+        model: the model.
+        batches: what to run it on.
+        layers: which layers or blocks.
+        keep: what is kept; null experts are left out of the weights it is given.
 
     Raises:
         UnsupportedError: a layer routes something else than the tokens, or not exactly once.
     """
     ids, positions, texts = [], [], []
-    weights: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    kept: dict[str, list[Any]] = {layer: [] for layer in layers}
     seen = 0
     for batch in batches:
         real = real_tokens(batch).cpu()
@@ -54,12 +79,14 @@ def observe(model: nn.Module, batches: Sequence[Batch], layers: Sequence[str]) -
             call(model, batch)
         for layer in layers:
             routing = routing_of(routings, layer, real.numel())
-            weights[layer].append(routing.expert_weights.cpu()[real.reshape(-1)])
+            weights = routing.expert_weights.cpu()[real.reshape(-1)]
+            kept[layer].append(keep(layer, weights, ids[-1]))
     return Observed(
         token_ids=torch.cat(ids),
         positions=torch.cat(positions),
         texts=torch.cat(texts),
-        weights={layer: torch.cat(parts) for layer, parts in weights.items()},
+        kept=kept,
+        sizes=tuple(len(own) for own in ids),
     )
 
 

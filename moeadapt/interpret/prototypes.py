@@ -1,16 +1,18 @@
 """Which tokens does an expert take with the largest weight, and what stands around them?"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError
+from moeadapt.interpret.losses import as_batches
 from moeadapt.interpret.observe import Observed, observe
 from moeadapt.interpret.scope import choose_experts, choose_layers
-from moeadapt.tuner.probe import read_batches
+from moeadapt.tuner.probe import Batch, read_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +62,8 @@ def prototypes(
         layers: layers or blocks, named as by `collect_routing`; None: all.
         experts: which ones; None: all.
         context: tokens shown on either side, at least 0.
-        batch_size: texts per forward.
-        max_length: tokens of a text, the rest is cut.
+        batch_size: texts per forward; batches stay as they are.
+        max_length: tokens of a text, the rest is cut; batches stay as they are.
 
     Returns:
         Layer or block -> expert -> its tokens, the largest weight first.
@@ -77,27 +79,65 @@ def prototypes(
     chosen = choose_experts(choose_layers(model, layers), experts)
     if per_expert < 1 or context < 0:
         raise ConfigError(f"per_expert={per_expert} must be 1 or more, context={context} 0 or more")
-    texts = [texts] if isinstance(texts, str) else list(texts)
-    data = read_batches(texts, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-    seen = observe(model, data, list(chosen))
-    special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", [])), dtype=torch.int64)
-    allowed = ~torch.isin(seen.token_ids, special)
+    items: list[Any] = [texts] if isinstance(texts, str) else list(texts)
+    if any(isinstance(item, str) for item in items):
+        data = read_batches(
+            items, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length
+        )
+    else:
+        data = as_batches(items)
+    seen = _observe(model, tokenizer, data, chosen, per_expert)
     found: dict[str, dict[int, tuple[Prototype, ...]]] = {}
     for name, own in chosen.items():
         found[name] = {}
         for expert in own:
-            weights = seen.weights[name][:, expert]
-            best = _largest(weights.masked_fill(~allowed, 0), per_expert)
+            best = _best(seen, name, expert, per_expert)
             found[name][expert] = tuple(
-                _prototype(seen, tokenizer, index, float(weights[index]), context) for index in best
+                _prototype(seen, tokenizer, index, weight, context) for index, weight in best
             )
     return found
 
 
-def _largest(weights: Tensor, number: int) -> list[int]:
-    """Return the places of the largest weights above 0, earlier ones first among equals."""
-    order = torch.argsort(weights, descending=True, stable=True)[:number]
-    return [int(index) for index in order if weights[index] > 0]
+def _observe(
+    model: nn.Module,
+    tokenizer: Any,
+    data: Sequence[Batch],
+    chosen: Mapping[str, Sequence[int]],
+    number: int,
+) -> Observed:
+    """Keep, of each batch, layer and expert, the tokens that may be among the best of all."""
+    special = torch.tensor(sorted(getattr(tokenizer, "all_special_ids", [])), dtype=torch.int64)
+
+    def keep(layer: str, weights: Tensor, ids: Tensor) -> dict[int, list[tuple[int, float]]]:
+        allowed = weights.masked_fill(torch.isin(ids, special).unsqueeze(1), 0)
+        return {expert: _largest(allowed[:, expert], number) for expert in chosen[layer]}
+
+    return observe(model, data, list(chosen), keep)
+
+
+def _best(seen: Observed, layer: str, expert: int, number: int) -> list[tuple[int, float]]:
+    """Return place and weight of an expert's best tokens of all batches."""
+    starts = [0, *accumulate(seen.sizes)]
+    every = [
+        (start + index, weight)
+        for start, kept in zip(starts, seen.kept[layer], strict=False)
+        for index, weight in kept[expert]
+    ]
+    return sorted(every, key=lambda one: (-one[1], one[0]))[:number]
+
+
+def _largest(weights: Tensor, number: int) -> list[tuple[int, float]]:
+    """Return place and size of the largest weights above 0, earlier ones first among equals."""
+    number = min(number, len(weights))
+    if not number:
+        return []
+    # topk alone picks any of equal ones.
+    least = weights.topk(number).values[-1]
+    places = torch.cat(
+        [torch.nonzero(weights > least), torch.nonzero(weights == least)[:number]]
+    ).flatten()
+    order = torch.argsort(weights[places], descending=True, stable=True)[:number]
+    return [(int(i), float(weights[i])) for i in places[order] if weights[i] > 0]
 
 
 def _prototype(

@@ -26,6 +26,9 @@ Value = Callable[[frozenset[int]], float]
 EXACT_UP_TO = 8
 """Experts; more have over 256 coalitions, and permutations are sampled."""
 
+MOST_EXACT = 16
+"""Experts above which exact values are refused: 2^16 are 65536 passes over the batches."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shapley:
@@ -66,11 +69,11 @@ def shapley(
             of all layers is one player.
         samples: permutations, where values are not exact; at least 2.
         seed: of the permutations.
-        exact: None: exact up to 8 experts.
+        exact: None: exact up to 8 experts. True is refused above 16.
 
     Raises:
         ConfigError: no mixture, or several, are active; no such layer; fewer than two samples;
-            nothing to measure on.
+            exact values of too many experts; nothing to measure on.
 
     Example:
         >>> shapley(model, batches).values
@@ -78,8 +81,7 @@ def shapley(
     sizes = choose_layers(model, None if layer is None else [layer])
     number = max(sizes.values())
     exact = number <= EXACT_UP_TO if exact is None else exact
-    if not exact and samples < 2:  # noqa: PLR2004
-        raise ConfigError(f"samples={samples} must be 2 or more permutations")
+    _check(exact, number, samples)
     data = as_batches(batches)
     measured: dict[frozenset[int], float] = {}
 
@@ -104,6 +106,17 @@ def shapley(
         all_off=value(frozenset()),
         coalitions=len(measured),
     )
+
+
+def _check(exact: bool, number: int, samples: int) -> None:
+    if exact and number > MOST_EXACT:
+        raise ConfigError(
+            f"exact=True takes 2^{number} passes over the batches for {number} experts; it is for "
+            f"{MOST_EXACT} at most. Leave it out to sample permutations, or choose fewer experts "
+            "with layer="
+        )
+    if not exact and samples < 2:  # noqa: PLR2004
+        raise ConfigError(f"samples={samples} must be 2 or more permutations")
 
 
 def exact_values(value: Value, players: int) -> tuple[float, ...]:

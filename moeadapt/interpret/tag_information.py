@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moeadapt.errors import ConfigError, did_you_mean
 from moeadapt.interpret.information import Information, compare_with_chance, shuffled
 from moeadapt.interpret.losses import as_batches, real_tokens
-from moeadapt.interpret.observe import Observed, main_expert, observe
+from moeadapt.interpret.observe import Observed, observe
 from moeadapt.interpret.scope import choose_layers
 from moeadapt.tuner.probe import Batch
 
@@ -82,11 +82,10 @@ def tag_information(
         given = _domains(data)
     seen = observe(model, data, names)
     labels = _numbers(given) if given is not None else _own(seen, str(tags))
-    experts = {name: main_expert(weights) for name, weights in seen.weights.items()}
     permuted, shuffle = _shuffle(labels, seen.texts)
     return TagInformation(
         permuted=permuted,
-        layers=compare_with_chance(labels, experts, shuffle, permutations, seed),
+        layers=compare_with_chance(labels, seen.main_experts(), shuffle, permutations, seed),
     )
 
 

@@ -202,6 +202,7 @@ def _layer(counts: LayerCounts, use: DomainUse, similarity: Tensor | None) -> La
         p_value=use.p_value.tolist(),
         mutual_information=use.mutual_information,
         mutual_information_null=use.mutual_information_null,
+        mutual_information_high=use.mutual_information_high,
         mutual_information_p=use.mutual_information_p,
         similarity=None if similarity is None else similarity.tolist(),
         coactivation=counts.coactivation.tolist(),

@@ -39,7 +39,8 @@ class Arm:
         name: `learned`, `uniform`, `random`, `shuffled`, `best single expert`, `adapter off`.
         nll: mean over tokens, in nats per token, with a 95 % interval from a bootstrap over texts.
         difference: to `learned`, text by text, in nats per token, with its interval; above 0:
-            worse than learned routing. 0 for `learned` itself.
+            worse than learned routing. 0 for `learned` itself. The best single expert is chosen on
+            one half of the texts and measured on the other, both ways round.
     """
 
     name: str
@@ -65,9 +66,11 @@ class Layer:
         active: experts that a token uses, mean.
         entropy: of a token's probabilities, null experts included, mean, in bits.
         lift: how much oftener a domain uses an expert than all tokens do [D][E]; 1 is as often.
-        p_value: of that lift, two-sided, by permutation of the domains of the texts [D][E].
+        p_value: of that lift, two-sided, by permutation of the domains of the texts [D][E]; not
+            adjusted for their number, which the page does.
         mutual_information: between domain and main expert, in bits.
         mutual_information_null: mean under permutation, in bits.
+        mutual_information_high: what one permutation in 20 exceeds, in bits.
         mutual_information_p: share of permutations that reach it.
         similarity: cosine of the experts' weight changes [E][E]; None for experts without any.
         coactivation: share of tokens that use both experts [E][E].
@@ -85,6 +88,7 @@ class Layer:
     p_value: Matrix
     mutual_information: float
     mutual_information_null: float
+    mutual_information_high: float
     mutual_information_p: float
     similarity: Matrix | None
     coactivation: Matrix

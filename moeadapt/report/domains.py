@@ -20,6 +20,9 @@ from moeadapt.report.counts import LayerCounts
 MOST_ENTRIES = 2**24
 """Entries of the permuted one-hot labels that are made at a time: 128 MB."""
 
+HIGH = 0.95
+"""Quantile of the mutual information under permutation that is kept."""
+
 ROUNDING = 1e-12
 """Bits that two equal mutual informations may differ by."""
 
@@ -33,6 +36,7 @@ class DomainUse:
         p_value: two-sided, of that lift: twice the smaller tail, at most 1.
         mutual_information: between domain and main expert of a token, in bits.
         mutual_information_null: its mean over the permutations: what chance alone gives.
+        mutual_information_high: what chance alone exceeds with a probability of 1 - `HIGH`.
         mutual_information_p: share of permutations that reach it, the observed one included.
     """
 
@@ -40,6 +44,7 @@ class DomainUse:
     p_value: Float[Tensor, "D E"]
     mutual_information: float
     mutual_information_null: float
+    mutual_information_high: float
     mutual_information_p: float
 
 
@@ -78,6 +83,7 @@ def compare_domains(
             p_value=torch.ones(shape, dtype=torch.float64),
             mutual_information=0.0,
             mutual_information_null=0.0,
+            mutual_information_high=0.0,
             mutual_information_p=1.0,
         )
     own = _one_hot(labels.unsqueeze(0), num_domains)
@@ -85,21 +91,22 @@ def compare_domains(
     bits = float(information(own @ main_NE)[0])
     above_DE = torch.zeros(shape, dtype=torch.float64)
     below_DE = torch.zeros(shape, dtype=torch.float64)
-    total, reached = 0.0, 0
+    parts = []
     for part in permuted.split(max(1, MOST_ENTRIES // (num_domains * len(labels)))):
         dealt_QDN = _one_hot(part, num_domains)
         null_QDE = lifts(dealt_QDN @ used_NE)
         above_DE += (null_QDE >= lift_DE).sum(0)
         below_DE += (null_QDE <= lift_DE).sum(0)
-        null_Q = information(dealt_QDN @ main_NE)
-        total += float(null_Q.sum())
-        reached += int((null_Q >= bits - ROUNDING).sum())
+        parts.append(information(dealt_QDN @ main_NE))
+    null_P = torch.cat(parts)
+    reached = int((null_P >= bits - ROUNDING).sum())
     tails_DE = torch.minimum(above_DE, below_DE)
     return DomainUse(
         lift=lift_DE,
         p_value=(2 * (tails_DE + 1) / (len(permuted) + 1)).clamp(max=1),
         mutual_information=bits,
-        mutual_information_null=total / len(permuted),
+        mutual_information_null=float(null_P.mean()),
+        mutual_information_high=float(null_P.quantile(HIGH)),
         mutual_information_p=(reached + 1) / (len(permuted) + 1),
     )
 

@@ -5,6 +5,7 @@ Letters: E experts, L layers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from moeadapt.report.data import ReportData
 from moeadapt.report.wording import Number
@@ -88,26 +89,40 @@ class ShownExperts:
             "JSON file holds all."
         )
 
+    def within(self, num_experts: int) -> list[int]:
+        """Return those of `indices` that a layer of `num_experts` experts has."""
+        return [index for index in self.indices if index < num_experts]
+
     def position(self, expert: int) -> int:
         """Return where an expert is in `labels`."""
         return self.indices.index(expert) if expert in self.indices else len(self.indices)
 
     def fold(self, values: Sequence[Number]) -> list[Number]:
-        """Add up a row [E] into the groups of `labels`."""
-        own = [values[index] for index in self.indices]
+        """Add up a row into the groups of `labels`.
+
+        Args:
+            values: one per expert of a layer, which may have fewer than E.
+        """
+        own = [values[index] if index < len(values) else 0.0 for index in self.indices]
         return own + [sum(values) - sum(own)] * self.has_other
 
     def fold_both(self, matrix: Sequence[Sequence[Number]]) -> list[list[Number]]:
-        """Add up a matrix [E][E] in both directions."""
+        """Add up a matrix [E of a layer][E of the next] in both directions."""
         columns = [self.fold(column) for column in zip(*map(self.fold, matrix), strict=True)]
         return [list(row) for row in zip(*columns, strict=True)]
 
 
 def shown_experts(data: ReportData) -> ShownExperts:
     """Choose the experts with the largest load over all layers, eight at most."""
-    total = [sum(loads) for loads in zip(*(layer.load for layer in data.layers), strict=True)]
+    every = zip_longest(*(layer.load for layer in data.layers), fillvalue=0.0)
+    total = [sum(loads) for loads in every]
     most = sorted(range(data.num_experts), key=lambda expert: (-total[expert], expert))
     return ShownExperts(tuple(sorted(most[:MOST_EXPERTS])), data.num_experts)
+
+
+def one_size(data: ReportData) -> bool:
+    """Return whether all layers have the same number of experts."""
+    return len({len(layer.load) for layer in data.layers}) == 1
 
 
 def spread(count: int, most: int) -> list[int]:

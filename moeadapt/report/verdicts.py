@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from moeadapt.report.arms import COVERAGE, RANDOM, SHUFFLED, SINGLE, UNIFORM
+from moeadapt.report.arms import COVERAGE, OFF, RANDOM, SHUFFLED, SINGLE, UNIFORM
 from moeadapt.report.data import Arm, Layer, Verdict
 
 YES, NO, UNCLEAR = "yes", "no", "unclear"
@@ -45,6 +45,10 @@ USED_YES, USED_NO = 0.95, 0.75
 
 ROUNDING = 1e-5
 """Nats per token that equal routings may differ by; an interval so near 0 contains it."""
+
+MARGIN = 0.01
+"""Nats per token that count as no difference, about 1 % of the perplexity. Equal is only what an
+interval within this margin shows to be equal; a wide interval around 0 shows nothing."""
 
 LEAST_TEXTS = 8
 """Texts below which a bootstrap over them says nothing."""
@@ -117,6 +121,7 @@ def specialised(
         and one.mutual_information - one.mutual_information_null >= LEAST_BITS
         for one in layers
     ]
+    alike = [_at_most(one) < LEAST_BITS for one in layers]
     share = sum(depend) / len(depend)
     least = max(smallest_p(texts_per_domain), 1 / (permutations + 1))
     if len(texts_per_domain) == 1:
@@ -128,15 +133,22 @@ def specialised(
             f"dependence from chance at p <= {LEVEL:g}."
         )
     else:
-        answer = YES if share > MOST_LAYERS else NO if share == 0 else UNCLEAR
+        answer = YES if share > MOST_LAYERS else NO if all(alike) else UNCLEAR
         reason = (
             f"In {sum(depend)} of {len(depend)} layers the main expert of a token tells at least "
-            f"{LEAST_BITS:g} bit more about its domain than chance does, with p <= {LEVEL:g}; yes "
-            "is more than half of the layers, no is none."
+            f"{LEAST_BITS:g} bit more about its domain than chance does, with p <= {LEVEL:g}; in "
+            f"{sum(alike)} the texts show that it tells less. Yes is more than half of the layers "
+            "with the first, no is all of them with the second."
         )
     return Verdict(
         name="specialised", answer=answer, value=share, unit="share of layers", reason=reason
     )
+
+
+def _at_most(layer: Layer) -> float:
+    """Return how many bits beyond chance a layer may have: what it has, and chance's own spread."""
+    beyond = layer.mutual_information - layer.mutual_information_null
+    return beyond + layer.mutual_information_high - layer.mutual_information_null
 
 
 def smallest_p(texts_per_domain: Sequence[int]) -> float:
@@ -169,8 +181,12 @@ def used(layers: Sequence[Layer]) -> Verdict:
 
 
 def worth_it(arms: Sequence[Arm], num_texts: int, *, causal: bool = True) -> Verdict:
-    """Say whether learned routing has a lower loss than every routing that learned nothing."""
-    rivals = [arm for arm in arms if arm.name in (UNIFORM, RANDOM, SHUFFLED, SINGLE)]
+    """Say whether learned routing has a lower loss than all else, no adapter included.
+
+    No is shown too: a rival is clearly better, or the interval of `shuffled` is around 0 and within
+    `MARGIN`. A wide interval is unclear.
+    """
+    rivals = [arm for arm in arms if arm.name in (UNIFORM, RANDOM, SHUFFLED, SINGLE, OFF)]
     weakest = min(rivals, key=lambda arm: arm.difference)
     shuffled = next(arm for arm in rivals if arm.name == SHUFFLED)
     better = [arm for arm in rivals if arm.difference_high < -ROUNDING]
@@ -182,16 +198,16 @@ def worth_it(arms: Sequence[Arm], num_texts: int, *, causal: bool = True) -> Ver
         reason = f"{num_texts} texts are too few for an interval; give at least {LEAST_TEXTS}."
     elif better:
         answer, arm = NO, min(better, key=lambda one: one.difference)
-        reason = f"The routing {arm.name!r} has a lower loss than the learned one, {_span(arm)}."
-    elif shuffled.difference_low <= ROUNDING:
+        reason = f"{arm.name!r} has a lower loss than the learned routing, {_span(arm)}."
+    elif _is_equal(shuffled):
         answer, arm = NO, shuffled
         reason = (
             "Which token gets which weights does not show in the loss: the loss of 'shuffled' "
-            f"differs {_span(arm)}."
+            f"differs {_span(arm)}, within {MARGIN:g}."
         )
     elif all(one.difference_low > ROUNDING for one in rivals):
         answer, arm = YES, weakest
-        reason = f"Every other routing has a higher loss, {arm.name!r} the lowest, {_span(arm)}."
+        reason = f"All else has a higher loss, {arm.name!r} the lowest of it, {_span(arm)}."
     else:
         answer = UNCLEAR
         arm = min(rivals, key=lambda one: one.difference_low)
@@ -203,6 +219,12 @@ def worth_it(arms: Sequence[Arm], num_texts: int, *, causal: bool = True) -> Ver
         unit="nats per token",
         reason=reason,
     )
+
+
+def _is_equal(arm: Arm) -> bool:
+    """Return whether the interval holds 0 and nothing outside the margin."""
+    low, high = arm.difference_low, arm.difference_high
+    return low <= ROUNDING and high >= -ROUNDING and low >= -MARGIN and high <= MARGIN
 
 
 def _span(arm: Arm) -> str:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
-"""What neither HTML nor XML can hold: control characters and halves of surrogate pairs."""
+UNSHOWABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u2028\u2029\ud800-\udfff\ufffe\uffff]")
+"""What a page cannot hold: control characters and halves of surrogate pairs, which neither HTML nor
+XML have, and the two line separators, which end a line in the script that draws the charts."""
 
 NOTHING = "\N{EN DASH}"
 

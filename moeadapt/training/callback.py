@@ -17,6 +17,7 @@ from moeadapt.training.checkpoint_files import (
     read_marker,
     write_marker,
 )
+from moeadapt.training.ddp import check_ddp
 from moeadapt.training.nonfinite import NonfiniteGuard
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.session import Session, check_setup, restore_routers
@@ -96,6 +97,7 @@ class MoeAdaptCallback(TrainerCallback):
         """Repair the routers while nothing has been built on their dtype."""
         if model is not None and find_context(model) is not None:
             restore_routers(model)
+            check_ddp(args)
 
     def on_train_begin(
         self,

@@ -19,7 +19,9 @@ from moeadapt.stats import RouterStats
 from moeadapt.tuner.head import RouterHead
 
 WINDOW = 20
-"""Logged steps that are looked at together: one bad batch is no symptom."""
+"""Optimizer steps, at least, that are looked at together: one bad batch is no symptom.
+
+Not logs: one log of many steps is enough."""
 
 DEAD_LOAD = 0.01
 """An expert is dead below this multiple of the load at balance, 1/E."""
@@ -36,7 +38,7 @@ SHOWN = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """One router over the last `WINDOW` logged steps, each weighted by its tokens.
+    """One router over the last logs of at least `WINDOW` optimizer steps, weighted by tokens.
 
     Attributes:
         load: share of the used slots per expert.
@@ -111,42 +113,52 @@ class RouterHealth:
 
     def __init__(self) -> None:
         """Start without history."""
-        self._history: dict[str, deque[RouterStats]] = {}
+        self._history: dict[str, deque[tuple[int, RouterStats]]] = {}
         self._said: set[str] = set()
 
-    def observe(self, stats: Mapping[str, RouterStats], heads: Mapping[str, RouterHead]) -> None:
-        """Look at one logged step; warn of what the last `WINDOW` of them show.
+    def observe(
+        self, stats: Mapping[str, RouterStats], heads: Mapping[str, RouterHead], steps: int
+    ) -> None:
+        """Look at one log; warn of what the last `WINDOW` optimizer steps show.
 
         Routers that do not learn (frozen, or without parameters) are left out.
 
         Args:
             stats: router -> its statistics, from `pop_router_stats`.
             heads: router -> what routes there.
+            steps: optimizer steps since the last log.
         """
         windows = {}
+        together = 0
         for name, found in stats.items():
             head = heads[name]
             if not _learns(head):
                 self._history.pop(name, None)
                 continue
-            history = self._history.setdefault(name, deque(maxlen=WINDOW))
-            history.append(found)
-            if len(history) == WINDOW:
-                windows[name] = join(history, head)
+            history = self._history.setdefault(name, deque())
+            history.append((steps, found))
+            seen = sum(count for count, _ in history)
+            while seen - history[0][0] >= WINDOW:
+                seen -= history.popleft()[0]
+            if seen >= WINDOW:
+                windows[name] = join([one for _, one in history], head)
+                together = max(together, seen)
         for symptom in SYMPTOMS:
-            self._say(symptom, [name for name, window in windows.items() if symptom.shows(window)])
+            names = [name for name, window in windows.items() if symptom.shows(window)]
+            self._say(symptom, names, together)
 
-    def _say(self, symptom: _Symptom, names: Sequence[str]) -> None:
+    def _say(self, symptom: _Symptom, names: Sequence[str], steps: int) -> None:
         if not names or symptom.what in self._said:
             return
         self._said.add(symptom.what)
         warn(
-            f"{place(names)}: {symptom.what}, over the last {WINDOW} logged steps. {symptom.advice}"
+            f"{place(names)}: {symptom.what}, over the last {steps} optimizer steps. "
+            f"{symptom.advice}"
         )
 
 
 def join(history: Sequence[RouterStats], head: RouterHead) -> Window:
-    """Average logged steps as if they had been one; exact, since loads are shares of used slots."""
+    """Average logs as if they had been one; exact, since loads are shares of used slots."""
     tokens = sum(one.tokens for one in history)
     used = sum(one.tokens * one.active for one in history)
     loads = [[one.tokens * one.active * value for value in one.load.tolist()] for one in history]

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from moeadapt.training.checkpoint_files import COUNTS, read_marker
+from moeadapt.training.ddp import fit_ddp
 from moeadapt.training.nonfinite import checked_routers
 from moeadapt.training.param_groups import RouterOptions, split_router_params
 from moeadapt.training.safe_run import SafeRunMixin
@@ -79,6 +80,9 @@ class MoETrainerMixin(SafeRunMixin):
             "weight_decay": router_weight_decay,
             "max_grad_norm": router_max_grad_norm,
         }
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, TrainingArguments):
+                fit_ddp(value)
         super().__init__(*args, **kwargs)
         require_adapter(self.model)
         self.add_callback(_Events(self))

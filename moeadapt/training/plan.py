@@ -59,14 +59,18 @@ class Plan:
         ]
 
 
-def plan_recipe(recipe: Recipe) -> Plan:
+def plan_recipe(recipe: Recipe, *, offline: bool = False) -> Plan:
     """Build the recipe's model without weights, inject the adapter, and count.
+
+    Args:
+        recipe: the run.
+        offline: read nothing from the network.
 
     Raises:
         AssetError: the base model's configuration cannot be read.
         ConfigError: the targets do not exist in the base model.
     """
-    return plan_model(empty_base(recipe.run, recipe.objective), recipe)
+    return plan_model(empty_base(recipe.run, recipe.objective, offline=offline), recipe)
 
 
 def plan_model(model: nn.Module, recipe: Recipe) -> Plan:

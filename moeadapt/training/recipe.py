@@ -7,22 +7,23 @@ nested fields take a dot: `--moe.router.k 1`.
 """
 
 import argparse
-import json
-import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from peft import LoraConfig, PeftConfig
-from transformers import HfArgumentParser
 
-from moeadapt.errors import ConfigError, did_you_mean
+from moeadapt.errors import ConfigError
 from moeadapt.training import settings as sections
 from moeadapt.training.objectives import OBJECTIVES, Objective
 from moeadapt.training.param_groups import RouterOptions
+from moeadapt.training.places import Places
+from moeadapt.training.recipe_adapter import SECTIONS, read_adapter
+from moeadapt.training.recipe_file import read_recipe
+from moeadapt.training.recipe_flat import read_flat, refuse_unknown
 from moeadapt.training.rewards import get_reward
-from moeadapt.training.settings import FAULT_OPTIONS, read_flags, read_yaml, set_nested
+from moeadapt.training.settings import FAULT_OPTIONS, read_flags, set_nested
 from moeadapt.tuner.config import MoeLoraConfig
 
 
@@ -115,6 +116,14 @@ class Recipe:
         own = {name: getattr(self.run, name) for name in ("compare_uniform", *FAULT_OPTIONS)}
         return {**self.run.router_options.keywords(), **own}
 
+    def rows(self) -> list[tuple[str, str]]:
+        """Return label and value of what the run reads and writes, for a table."""
+        return [
+            ("base model", self.run.model_name_or_path),
+            ("data", self.run.dataset_name),
+            ("would write to", str(self.trainer_args.output_dir)),
+        ]
+
     @property
     def evaluates(self) -> bool:
         """Whether the run asks for evaluation."""
@@ -140,22 +149,23 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
             the file), or a value of the wrong type or out of range.
     """
     goal = OBJECTIVES[objective]
-    values, places = read_yaml(config) if config else ({}, {})
+    values, places = read_recipe(config) if config else ({}, Places())
     for key, value in read_flags(flags).items():
         set_nested(values, key, value)
-        places.pop(key.partition(".")[0], None)
-    config_class = goal.config_class()
-    known = {f.name for cls in (RunArguments, config_class) for f in fields(cls) if f.init}
-    _refuse_unknown(values, known | set(_SECTIONS), lambda key: places.get(key, "flags"))
-    adapter = _adapter(values, places, goal)
-    source = " and ".join([*filter(None, [config]), *(["flags"] if flags else [])]) or "defaults"
-    run, trainer_args = _parse_flat(config_class, values, source)
+        places.set_by_flag(key)
+    classes = (RunArguments, goal.config_class())
+    known = {f.name for cls in classes for f in fields(cls) if f.init}
+    refuse_unknown(values, known | set(SECTIONS), places)
+    adapter = read_adapter(values, places, goal)
+    source = " and ".join(filter(None, [config, "flags" if flags else None])) or "defaults"
+    run, trainer_args = read_flat(classes, values, places)
     if run.load_in_4bit and run.load_in_8bit:
-        raise ConfigError(f"{source}: load_in_4bit and load_in_8bit exclude each other")
+        place = places.of("load_in_8bit")
+        raise ConfigError(f"{place}: load_in_4bit and load_in_8bit exclude each other")
     try:
         options = run.router_options
     except ConfigError as error:
-        raise ConfigError(f"{source}: {error}") from None
+        raise ConfigError(f"{places.mentioned(str(error))}: {error}") from None
     if options != RouterOptions() and isinstance(adapter, LoraConfig):
         raise ConfigError(
             f"{source}: router_* settings, but a plain LoRA has no routers of its own"
@@ -197,103 +207,3 @@ def parse_script(objective: str, argv: Sequence[str]) -> Recipe:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     return recipe
-
-
-def _settings_of(config_class: type) -> set[str]:
-    return {f.name for f in fields(config_class)} - {"peft_type", "auto_mapping"}
-
-
-_SECTIONS = {"moe": _settings_of(MoeLoraConfig) | {"preset"}, "lora": _settings_of(LoraConfig)}
-"""Section of a recipe that says what is trained -> its settings."""
-
-
-def _adapter(values: dict[str, Any], places: Mapping[str, str], goal: Objective) -> PeftConfig:
-    """Take the adapter's section out of `values` and build it; without one, the default mixture."""
-    given = [name for name in _SECTIONS if name in values]
-    if len(given) > 1:
-        raise ConfigError(f"{places.get('lora', 'flags')}: 'moe' and 'lora' exclude each other")
-    section = given[0] if given else "moe"
-    place = places.get(section, "flags")
-    settings = values.pop(section, None) or {}
-    if not isinstance(settings, Mapping):
-        raise ConfigError(f"{place}: {section!r} must be a mapping of the adapter's settings")
-    _refuse_unknown(settings, _SECTIONS[section], lambda key: f"{place}: {section}")
-    if settings.get("task_type", goal.task_type) != goal.task_type:
-        raise ConfigError(
-            f"{place}: {section}.task_type={settings['task_type']!r}, but {goal.name} trains "
-            f"{goal.task_type}; leave it out"
-        )
-    settings = {**settings, "task_type": goal.task_type}
-    if section == "lora":
-        return _plain_lora(settings, f"{place}: lora")
-    preset = settings.pop("preset", None)
-    if preset is None:
-        return MoeLoraConfig(**settings)
-    return MoeLoraConfig.preset(preset, **settings)
-
-
-def _plain_lora(settings: Mapping[str, Any], place: str) -> LoraConfig:
-    try:
-        config = LoraConfig(**settings)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: {error}") from None
-    # PEFT looks at these while it builds, some not at all.
-    whole = isinstance(config.r, int) and not isinstance(config.r, bool)
-    if not whole or config.r < 1:
-        raise ConfigError(f"{place}.r={config.r!r} must be a whole number of at least 1")
-    numbers = {"lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
-    for name, value in numbers.items():
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not math.isfinite(value)
-        ):
-            raise ConfigError(f"{place}.{name}={value!r} must be a number")
-    if not 0.0 <= config.lora_dropout < 1.0:
-        raise ConfigError(f"{place}.lora_dropout={config.lora_dropout} must be in [0, 1)")
-    return config
-
-
-def _refuse_unknown(
-    values: Mapping[str, Any], known: set[str], place: Callable[[str], str]
-) -> None:
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{place(key)}: unknown setting {key!r}{did_you_mean(key, known)}")
-
-
-class _Parser(HfArgumentParser):
-    """argparse with our errors: no usage of two hundred lines, no abbreviations."""
-
-    where = "flags"
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{self.where}: {message}")
-
-
-def _parse_flat(
-    config_class: type, values: Mapping[str, Any], where: str
-) -> tuple[RunArguments, Any]:
-    """Let argparse convert and check every value as if it had been typed as a flag."""
-    dataclass_types: Any = [RunArguments, config_class]
-    parser = _Parser(dataclass_types, allow_abbrev=False)
-    parser.where = where
-    # A null in the file means "no value", which no flag can say.
-    parser.set_defaults(**{key: None for key, value in values.items() if value is None})
-    argv = []
-    for key, value in values.items():
-        if value is None:
-            continue
-        words = value if isinstance(value, list) else [value]
-        argv += [f"--{key}", *(_word(word) for word in words)]
-    try:
-        run, trainer_args = parser.parse_args_into_dataclasses(args=argv)
-    except (ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{where}: {error}") from None
-    return run, trainer_args
-
-
-def _word(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (dict, bool)) else str(value)

@@ -69,6 +69,7 @@ class Session:
         self._keeps_counts = keeps_counts
         self._counts_before: dict[str, Tensor] | None = None
         self._health = RouterHealth()
+        self._steps_since_log = 0
         self._compare_uniform = compare_uniform
         self.context = require_adapter(model)
         prepare_stats(model, device)
@@ -127,7 +128,8 @@ class Session:
         """
         stats = pop_router_stats(self.model, reduce=_sum_over_processes)
         heads = heads_of(self.model)
-        self._health.observe(stats, heads)
+        self._health.observe(stats, heads, self._steps_since_log)
+        self._steps_since_log = 0
         routers = {name: head.router for name, head in heads.items()}
         metrics = router_metrics(stats, balance_of(self.model), routers)
         return metrics | schedule_metrics([heads[name] for name in stats])
@@ -135,6 +137,7 @@ class Session:
     def after_step(self) -> None:
         """Run what follows an optimizer step, over all processes; each must call it."""
         self._counts_before = None
+        self._steps_since_log += 1
         after_optimizer_step(self.model, _sum_over_processes, step=self._step)
 
     def after_skipped_step(self) -> None:

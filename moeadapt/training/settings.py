@@ -1,51 +1,13 @@
-"""Reads the settings of a run as plain data: a YAML file, and flags that win over it."""
+"""Reads the flags of a run as plain data; they win over its recipe file."""
 
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from moeadapt.balance import BALANCE
 from moeadapt.errors import ConfigError
-
-
-class Loader(yaml.SafeLoader):
-    """Safe YAML without two surprises of YAML 1.1: 1e-3 is a number, and `no` is a word."""
-
-
-_BOOL = "tag:yaml.org,2002:bool"
-Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOL]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-Loader.add_implicit_resolver(
-    _BOOL, re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
-
-
-def read_yaml(path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the mapping in the file, and `file:line` of each top-level key."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the recipe {path}: {error.strerror}") from None
-    try:
-        node = yaml.compose(text, Loader=Loader)
-        values = yaml.load(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}: a recipe is a mapping of settings, found {type(values)}")
-    places = {key.value: f"{path}:{key.start_mark.line + 1}" for key, _ in node.value}
-    return values, places
-
+from moeadapt.training.recipe_file import parse_value
 
 FAULT_OPTIONS = ("on_nonfinite", "check_routers", "allow_partial_resume")
 """Settings of a run that say what happens at a fault; trainers of mixtures take them."""
@@ -75,7 +37,7 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
-            values[name] = yaml.load(value, Loader=Loader)
+            values[name] = parse_value(value)
         except yaml.YAMLError:
             values[name] = value
     return values

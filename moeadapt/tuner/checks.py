@@ -1,6 +1,5 @@
 """What an adapter's settings must agree on before a model is touched; each check names the cure."""
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from moeadapt.experts import EXPERTS, BankSize
 from moeadapt.routers import RouterConfig
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.plan import TargetPlan
+from moeadapt.tuner.quiet import without_warnings
 
 
 def matching(pattern: Mapping[str, Any], key: str, default: Any) -> Any:
@@ -71,8 +71,7 @@ def check_losses(config: MoeLoraConfig, router: RouterConfig, sizes: Iterable[Ba
     if not losses:
         return
     for size in sizes:
-        with warnings.catch_warnings(), torch.device("meta"):
-            warnings.simplefilter("ignore")  # the router that is kept warns
+        with without_warnings(), torch.device("meta"):
             bank = config.expert_config.build(size)
             built = router.build(size.in_features, size.num_experts)
         for loss in losses:

@@ -117,7 +117,16 @@ class MoeLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         """Check every field, then put router, balance and experts into their full form."""
-        super().__post_init__()
+        for name, kinds in _INHERITED.items():
+            if not isinstance(getattr(self, name), kinds):
+                raise ConfigError(
+                    f"MoeLoraConfig: {name}={getattr(self, name)!r} must be one of "
+                    f"{[kind.__name__ for kind in kinds]}"
+                )
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise ConfigError(f"MoeLoraConfig: {error}") from None
         self.peft_type = extend_peft_type()
         if isinstance(self.format_version, int) and self.format_version > FORMAT_VERSION:
             raise ConfigError(
@@ -231,6 +240,17 @@ def _check_patterns(name: str, patterns: Any) -> None:
             raise ConfigError(
                 f"MoeLoraConfig: {name}: {pattern!r} is not a valid regular expression: {error}"
             ) from None
+
+
+_INHERITED: dict[str, tuple[type, ...]] = {
+    "task_type": (str, type(None)),
+    "base_model_name_or_path": (str, type(None)),
+    "revision": (str, type(None)),
+    "peft_version": (str, type(None)),
+    "auto_mapping": (dict, type(None)),
+    "inference_mode": (bool,),
+}
+"""Fields of PEFT's own, which it does not check."""
 
 
 @cache

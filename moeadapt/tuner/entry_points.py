@@ -25,6 +25,7 @@ import transformers.models.auto.auto_factory as auto
 from peft import PeftModel, get_peft_model_state_dict
 from peft.config import PeftConfigMixin
 from peft.utils import save_and_load
+from peft.utils.other import EMBEDDING_LAYER_NAMES as EMBEDDINGS
 from transformers import PreTrainedModel
 
 from moeadapt.adapter_format.adapter import AdapterFiles
@@ -187,8 +188,20 @@ def _save(
     }
     for folder in folders.values():
         remove_manifest(folder)
+    if len(args) < _EMBEDDINGS_AT and any(_targets_embeddings(ours[name]) for name in folders):
+        # Experts on a head leave the head as it is, and a file with it would be refused.
+        kwargs.setdefault("save_embedding_layers", False)
     original(self, save_directory, *args, **kwargs)
     _write(folders.values(), self.get_base_model())
+
+
+_EMBEDDINGS_AT = 3
+"""Arguments of `save_pretrained` after the folder, up to `save_embedding_layers`."""
+
+
+def _targets_embeddings(config: MoeLoraConfig) -> bool:
+    targets = config.target_modules
+    return not isinstance(targets, str) and any(name in EMBEDDINGS for name in targets or ())
 
 
 def _save_natively(

@@ -19,7 +19,6 @@ from moeadapt.errors import UnsupportedError
 from moeadapt.experts import ExpertBank
 from moeadapt.routers import Router, RouterConfig, route
 from moeadapt.routers.linear import LinearRouter
-from moeadapt.routers.scheduled import RouterSettings
 from moeadapt.routing import Routing
 from moeadapt.schedule import ScheduleConfig, ScheduleValues
 from moeadapt.tuner.context import RoutingContext
@@ -211,9 +210,7 @@ class RouterHead:
         self.values = inference if step is None else schedule.at(step, config)
         self.expert_dropout = self.values.expert_dropout
         if isinstance(router, LinearRouter):
-            router.use(
-                training=_settings(self.values, config), inference=_settings(inference, config)
-            )
+            router.use(training=self.values.settings(config), inference=inference.settings(config))
         self._freeze(self.values.frozen)
 
     def _freeze(self, frozen: bool) -> None:
@@ -300,13 +297,3 @@ class RouterHead:
         for config in self.balance.values():
             config.after_step(self.router, tokens, uses)
         self.router.after_step(tokens, uses, record)
-
-
-def _settings(values: ScheduleValues, config: RouterConfig) -> RouterSettings:
-    """Fill in the router's own values."""
-    own_k = getattr(config, "k", None) if config.k_can_change else None
-    return RouterSettings(
-        temperature=values.temperature or getattr(config, "temperature", 1.0),
-        k=values.k or own_k,
-        gate_dropout=values.gate_dropout,
-    )

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.tuner.adapter_layer import MERGE_MENU, PREFIX
+from moeadapt.tuner.adapter_name import check_adapter_name
 from moeadapt.tuner.block import install_blocks, remove_blocks
 from moeadapt.tuner.checks import check_layers
 from moeadapt.tuner.config import MoeLoraConfig
@@ -57,10 +58,11 @@ class MoeLoraModel(BaseTuner):
         """See `BaseTuner.inject_adapter`; refuses before the model is touched.
 
         Raises:
-            ConfigError: see `plan_targets` and `plan_sizes`.
+            ConfigError: see `check_adapter_name`, `plan_targets` and `plan_sizes`.
         """
         fresh = find_context(model) is None
         try:
+            check_adapter_name(adapter_name)
             config: Any = self.peft_config[adapter_name]
             with naming_settings():
                 self._plan(model, config, state_dict)
@@ -71,6 +73,9 @@ class MoeLoraModel(BaseTuner):
         except Exception:
             # Injected natively, this mapping is the model's own and outlives the refusal.
             self.peft_config.pop(adapter_name, None)
+            if not hasattr(model, "peft_config"):
+                # transformers notes its first adapter before it is there.
+                vars(model).pop("_hf_peft_config_loaded", None)
             if fresh:
                 detach_context(model)
             raise

@@ -1,7 +1,6 @@
 """How many experts of which rank each target linear gets, decided and checked before injection."""
 
 import math
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from moeadapt.tuner.checks import (
 )
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.plan import TargetPlan, in_out_features
+from moeadapt.tuner.quiet import without_warnings
 
 
 def plan_sizes(
@@ -115,8 +115,7 @@ def check_router(config: MoeLoraConfig, counts: Iterable[int]) -> None:
     for count in sorted(counts):
         router.check(count)
         if schedule is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # the config has warned already
+            with without_warnings():  # the config has warned already
                 schedule.fit(router, count)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from benchmarks.common import append_csv
 from benchmarks.evidence import arms, domains, page, runs
 from benchmarks.evidence.arms import ARMS, Sizes
 from tests.tiny import tiny
@@ -101,7 +102,8 @@ def test_too_few_rows_end_with_the_numbers():
 
 
 def row(arm: str, value: float, error: float) -> dict[str, str]:
-    return {"world": "conflict", "arm": arm, "error": str(value), "error_se": str(error)}
+    own = {"error": str(value), "error_se": str(error), "seeds": "3", "steps": "1"}
+    return {"world": "conflict", "arm": arm, **own}
 
 
 def test_the_page_says_who_loses():
@@ -110,6 +112,45 @@ def test_the_page_says_who_loses():
     assert page.compared(row("mixture_k2", 1.5, 0.1), base, "error") == "loses (+0.500)"
     assert page.compared(row("mixture_k2", 0.5, 0.1), base, "error") == "wins (-0.500)"
     assert page.compared(row("mixture_k2", 1.2, 0.1), base, "error").startswith("within noise")
+    # More than two standard errors, but of three seeds each.
+    assert page.compared(row("mixture_k2", 1.35, 0.1), base, "error").startswith("within noise")
+
+
+def test_differences_of_three_seeds_are_rarely_called_real_where_there_is_none():
+    generator, wrong, turns = torch.Generator().manual_seed(0), 0, 2000
+    for _ in range(turns):
+        draws = torch.randn(2, 3, generator=generator)
+        rows = [
+            row(n, d.mean().item(), d.std().item() / 3**0.5)
+            for n, d in zip("ab", draws, strict=True)
+        ]
+        wrong += "noise" not in page.compared(rows[0], rows[1], "error")
+    assert wrong / turns < 0.05
+
+
+def test_rows_of_different_runs_are_not_mixed(tmp_path):
+    path = tmp_path / "two_worlds.csv"
+    append_csv(path, [row("lora_kr", 1.0, 0.1)])
+    append_csv(path, [{**row("mixture_k2", 1.0, 0.1), "steps": "2"}])
+    with pytest.raises(SystemExit, match="different steps and seeds"):
+        page.read(path, ("world", "arm"))
+
+
+def test_a_page_without_its_baseline_says_so(tmp_path):
+    append_csv(
+        tmp_path / "two_worlds.csv",
+        [
+            {
+                **row("mixture_k2", 1.0, 0.1),
+                "static_bound": "1",
+                **dict.fromkeys(
+                    ("device", "threads", "torch", "transformers", "peft", "commit"), "x"
+                ),
+            }
+        ],
+    )
+    with pytest.raises(SystemExit, match="no row of lora_kr"):
+        page.page(tmp_path)
 
 
 def test_the_committed_page_is_that_of_the_committed_results():

@@ -1,5 +1,6 @@
 """Intervals and p-values against loops, known distributions and known roots."""
 
+import itertools
 import math
 import random
 from statistics import NormalDist
@@ -11,6 +12,7 @@ from moeadapt.evaluation.bootstrap import (
     paired_difference,
     ratio_interval,
     resample,
+    sign_flip_p,
     wilson_interval,
 )
 
@@ -85,7 +87,7 @@ def test_a_true_difference_that_is_smaller_than_the_spread_of_rows_is_found():
     found = paired_difference(first, second, tokens)
     assert found.value < alone.high - alone.low
     assert 0 < found.interval.low < found.value < found.interval.high
-    assert found.p == 2 / 4001
+    assert found.p == 1 / 4001
     back = paired_difference(second, first, tokens)
     assert (back.value, back.p) == (pytest.approx(-found.value), found.p)
 
@@ -105,6 +107,44 @@ def test_p_is_below_a_twentieth_in_a_twentieth_of_the_cases_without_a_difference
         second = [loss + generator.gauss(0, 1) for loss in first]
         small += paired_difference(first, second, tokens, seed=trial, samples=400).p < 0.05
     assert 0.01 <= small / 300 <= 0.10
+
+
+@pytest.mark.parametrize("rows", [2, 3, 5, 8])
+def test_few_rows_without_a_difference_are_seldom_significant(rows):
+    """An exact test: in at most 5 % of trials. Of 400, 9 % would be 4 standard errors away."""
+    generator = random.Random(rows)
+    small = 0
+    for _ in range(400):
+        first, tokens = draw(rows, generator)
+        second = [loss + generator.gauss(0, 1) for loss in first]
+        found = paired_difference(first, second, tokens, samples=10)
+        small += found.p <= 0.05
+        assert found.p >= 2.0 ** (1 - rows)
+        assert (found.interval is None) == (rows < 8)
+    assert small / 400 < 0.09
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8, 12])
+def test_rows_that_all_agree_have_the_smallest_p_of_their_number(rows):
+    first = [2.0 + 0.1 * row for row in range(rows)]
+    second = [loss - 0.5 - 0.1 * row for row, loss in enumerate(first)]
+    assert paired_difference(first, second, [1.0] * rows).p == 2.0 ** (1 - rows)
+
+
+def test_counted_flips_are_those_of_a_loop_and_sampled_ones_come_near(monkeypatch):
+    generator = random.Random(6)
+    values = [generator.gauss(0.4, 1) for _ in range(9)]
+    far = [
+        abs(sum(s * v for s, v in zip(signs, values, strict=True))) >= abs(sum(values)) - 1e-9
+        for signs in itertools.product((1, -1), repeat=9)
+    ]
+    given = torch.tensor(values, dtype=torch.float64)
+    exact = sign_flip_p(given)
+    assert exact == sum(far) / 512
+    assert 0.02 < exact < 0.98
+    monkeypatch.setattr("moeadapt.evaluation.bootstrap.MOST_EXACT", 8)
+    error = math.sqrt(exact * (1 - exact) / 4000)
+    assert sign_flip_p(given) == pytest.approx(exact, abs=4 * error)
 
 
 @pytest.mark.parametrize(("hits", "number"), [(1, 10), (5, 10), (37, 41)])

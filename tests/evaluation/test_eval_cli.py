@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -167,6 +168,12 @@ def test_wrong_input_exits_with_2_and_says_why(answers, name):
     assert "Traceback" not in err
 
 
+JOB = {
+    "data": None, "forgetting": None, "tasks": ["toy"], "limit": 4, "num_fewshot": 2,
+    "include_path": "here", "generate": False, "max_new_tokens": None, "batch_size": 2, "seed": 3,
+}  # fmt: skip
+
+
 def test_tasks_are_run_on_each_arm_with_what_was_asked_for(model, monkeypatch, capsys):
     asked = []
 
@@ -176,16 +183,32 @@ def test_tasks_are_run_on_each_arm_with_what_was_asked_for(model, monkeypatch, c
         return TaskResults(tasks={"toy": score}, limit=4, num_fewshot=2, harness="0", seed=3)
 
     monkeypatch.setattr("moeadapt.evaluation.run_tasks", run)
-    job = verb._Job(
-        data=None, forgetting=None, tasks=["toy"], limit=4, num_fewshot=2, include_path="here",
-        generate=False, max_new_tokens=None, batch_size=2, max_length=16, seed=3,
-    )  # fmt: skip
+    job = verb._Job(**JOB, max_length=16)
     found, evaluation = verb._measure(job, model, TOKENIZER)
     other, _ = verb._measure(job, model, TOKENIZER, off=True)
     assert evaluation is None
     options = {"limit": 4, "num_fewshot": 2, "include_path": "here", "batch_size": 2}
     assert asked == [(["toy"], {**options, "max_length": 16, "seed": 3})] * 2
+    verb._measure(verb._Job(**JOB, max_length=None), model, TOKENIZER)
+    assert "max_length" not in asked[-1][1], "prompts of tasks would be cut unasked"
     print_tables({**found, "against": "base", "other": other})
     printed = capsys.readouterr().out
     assert printed.count("0.5000 ± 0.1000") == 2
     assert "base" in printed
+
+
+def test_the_first_model_is_gone_before_the_second_is_loaded(monkeypatch):
+    loaded = []
+
+    def load(folder, *place):
+        assert all(one() is None for one in loaded), "two bases may not fit"
+        ring = torch.nn.Identity()
+        ring.module_of_itself = [ring]
+        loaded.append(weakref.ref(ring))
+        return ring, TOKENIZER
+
+    monkeypatch.setattr(verb, "_known", lambda folder: None)
+    monkeypatch.setattr(verb, "_load", load)
+    monkeypatch.setattr(verb, "_measure", lambda job, model, tokenizer: ({}, None))
+    verb._run(verb._Job(**JOB, max_length=None), "one", "two", (None, "auto", "cpu"))
+    assert len(loaded) == 2

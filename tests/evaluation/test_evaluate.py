@@ -176,3 +176,19 @@ def test_gradients_are_not_kept(model):
         evaluate(model, TOKENIZER, rows(3))
         assert torch.is_grad_enabled()
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_loss_that_is_not_finite_is_refused():
+    broken = adapt(tiny("llama"), moe_config("layer"))
+    for name, parameter in broken.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(float("nan"))
+    with pytest.raises(ConfigError, match="loss of row 1 is nan"):
+        evaluate(broken, TOKENIZER, [{"prompt": "w1", "completion": "w2"}])
+
+
+def test_rows_are_cut_at_the_positions_that_the_model_has():
+    gpt2 = tiny("gpt2")  # 64 positions
+    found = evaluate(gpt2, TOKENIZER, [{"text": " ".join(["w1"] * 200)}])
+    assert found.max_length == 64
+    assert found.truncated == 1

@@ -5,7 +5,9 @@ import torch
 
 import moeadapt
 from moeadapt.errors import ConfigError
-from moeadapt.interpret import prototypes
+from moeadapt.interpret import prototypes, read_batches
+from moeadapt.interpret.observe import observe
+from moeadapt.interpret.prototypes import _largest
 from tests.interpret.kit import model_of, model_with_idle_expert
 from tests.tiny import logits
 from tests.toy import sentences, toy_tokenizer
@@ -74,3 +76,27 @@ def test_wrong_counts_and_texts_are_refused(model):
         prototypes(model, TOKENIZER, [])
     with pytest.raises(ConfigError, match="padding token"):
         prototypes(model, None, TEXTS)
+
+
+def test_batches_give_what_their_texts_give(model):
+    batches = read_batches(TEXTS, tokenizer=TOKENIZER, batch_size=3)
+    expected = prototypes(model, TOKENIZER, TEXTS, batch_size=3)
+    assert prototypes(model, TOKENIZER, batches) == expected
+    mappings = [dict(batch.inputs) for batch in batches]
+    assert prototypes(model, TOKENIZER, mappings) == expected
+
+
+@pytest.mark.parametrize("number", [1, 3, 8, 20])
+def test_the_largest_are_those_of_a_sort_that_keeps_the_order_of_equals(number):
+    generator = torch.Generator().manual_seed(number)
+    weights = torch.randint(0, 4, (12,), generator=generator) / 4
+    slow = sorted(enumerate(weights.tolist()), key=lambda one: (-one[1], one[0]))[:number]
+    assert _largest(weights, number) == [one for one in slow if one[1] > 0]
+    assert _largest(weights[:0], number) == []
+
+
+def test_what_is_kept_of_a_batch_does_not_grow_with_its_experts(model):
+    batches = read_batches(TEXTS, tokenizer=TOKENIZER, batch_size=3)
+    seen = observe(model, batches, [LAYER])
+    assert [tuple(part.shape) for part in seen.kept[LAYER]] == [(size,) for size in seen.sizes]
+    assert sum(seen.sizes) == len(seen.token_ids) == len(seen.main_experts()[LAYER])

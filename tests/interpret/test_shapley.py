@@ -1,6 +1,7 @@
 """Shapley values: the definition, the axioms, and what sampling makes of them."""
 
 import math
+import sys
 from functools import cache
 from itertools import permutations
 from random import Random
@@ -94,6 +95,12 @@ def test_values_share_out_the_whole_gain(exact, models):
     found = shapley(models["block"], items(1), exact=exact, samples=3)
     assert sum(found.values) == pytest.approx(found.all_on - found.all_off, abs=1e-12)
     assert (found.standard_errors is None) == exact
+
+
+def test_exact_values_of_too_many_experts_are_refused(models, monkeypatch):
+    monkeypatch.setattr(sys.modules[exact_values.__module__], "MOST_EXACT", 3)
+    with pytest.raises(ConfigError, match=r"exact=True takes 2\^4 passes .* Leave it out"):
+        shapley(models["block"], items(1), exact=True)
 
 
 def test_sampling_a_model_agrees_with_its_exact_values(models):

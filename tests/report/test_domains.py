@@ -74,6 +74,8 @@ def test_everything_agrees_with_a_loop_over_permutations(monkeypatch, entries, s
     null = [slow_bits(table(row, layer.main, D)) for row in permuted]
     assert found.mutual_information == pytest.approx(bits)
     assert found.mutual_information_null == pytest.approx(sum(null) / P)
+    above = [bits for bits in null if bits > found.mutual_information_high]
+    assert len(above) == pytest.approx(0.05 * P, abs=1)
     reached = sum(value >= bits - 1e-12 for value in null)
     assert found.mutual_information_p == pytest.approx((reached + 1) / (P + 1))
 

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import moeadapt
+from moeadapt.cli.adapters import to_device
 from moeadapt.cli.report import texts_by_domain
 from moeadapt.errors import ConfigError
 from tests.report.mixtures import FEW, TOKENIZER, mixture, two_domains
@@ -112,6 +113,7 @@ CASES = {
     "no file": "none --data nowhere.jsonl",
     "no page": "none --data {rows} --out page.pdf",
     "no log": "none --data {rows} --log nowhere",
+    "no device": "{adapter} --data {rows} --out {out} --device tpu9",
     "no texts": "none --data {rows} --max-texts 0",
 }
 
@@ -182,6 +184,20 @@ def test_wrong_input_exits_with_2_before_the_model_is_loaded(verb, case, message
     code, _, stderr = verb[0][case]
     assert code == 2
     assert message in stderr
+
+
+def test_a_device_that_is_not_there_is_refused(verb):
+    code, _, stderr = verb[0]["no device"]
+    assert code == 2
+    assert "--device tpu9" in stderr
+
+
+@pytest.mark.parametrize(("gpu", "place"), [(True, "cuda"), (False, "cpu")])
+def test_the_model_goes_to_a_gpu_if_there_is_one(monkeypatch, gpu, place):
+    went = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    to_device(SimpleNamespace(to=went.append), "auto")
+    assert went == [place]
 
 
 def test_rows_become_texts_by_domain():

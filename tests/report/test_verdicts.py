@@ -8,7 +8,7 @@ from moeadapt.report.data import Arm, Layer
 from moeadapt.report.verdicts import balanced, smallest_p, specialised, used, verdicts, worth_it
 
 
-def layer(load=(0.25,) * 4, active=1.0, bits=0.0, null=0.0, p=1.0):
+def layer(load=(0.25,) * 4, active=1.0, bits=0.0, null=0.0, p=1.0, high=None):
     rest = {"importance": [], "cv": 0.0, "effective_experts": 0.0, "entropy": 0.0, "lift": []}
     more = {"p_value": [], "similarity": None, "coactivation": []}
     return Layer(
@@ -18,6 +18,7 @@ def layer(load=(0.25,) * 4, active=1.0, bits=0.0, null=0.0, p=1.0):
         active=active,
         mutual_information=bits,
         mutual_information_null=null,
+        mutual_information_high=null if high is None else high,
         mutual_information_p=p,
         **rest,
         **more,
@@ -73,8 +74,12 @@ DEPENDS = {"bits": 0.2, "null": 0.1, "p": 0.01}
         ([DEPENDS] * 2 + [{}], "yes"),
         ([DEPENDS, {}], "unclear"),
         ([{}, {}], "no"),
-        ([{**DEPENDS, "p": 0.06}], "no"),
         ([{**DEPENDS, "null": 0.16}], "no"),
+        # Not shown, and not shown to be absent either: chance alone spreads too far.
+        ([{**DEPENDS, "p": 0.06}], "unclear"),
+        ([{"bits": 0.1, "null": 0.1, "high": 0.14}], "no"),
+        ([{"bits": 0.1, "null": 0.1, "high": 0.16}], "unclear"),
+        ([{}, {"bits": 0.1, "null": 0.1, "high": 0.16}], "unclear"),
     ],
 )
 def test_specialisation_needs_most_layers(layers, answer):
@@ -143,9 +148,14 @@ def arms(**spans):
         ({"best": (0.1, -0.05, 0.25)}, "unclear", 0.1),
         ({"best": (-0.1, -0.2, -0.05)}, "no", -0.1),
         ({"uniform": (-0.1, -0.2, 0.01)}, "unclear", -0.1),
-        ({"shuffled": (0.1, -0.1, 0.3)}, "no", 0.1),
+        # A wide interval shows nothing; one within 0.01 shows that nothing is there.
+        ({"shuffled": (0.1, -0.1, 0.3)}, "unclear", 0.1),
+        ({"shuffled": (0.001, -0.008, 0.0101)}, "unclear", 0.001),
+        ({"shuffled": (0.001, -0.008, 0.0099)}, "no", 0.001),
+        ({"shuffled": (0.003, 0.001, 0.005)}, "yes", 0.003),
         ({"shuffled": (1e-12, 1e-13, 1e-11)}, "no", 1e-12),
-        ({"adapter": (-0.1, -0.2, -0.05)}, "yes", 0.3),
+        ({"adapter": (-0.1, -0.2, -0.05)}, "no", -0.1),
+        ({"adapter": (-0.1, -0.2, 0.05)}, "unclear", -0.1),
     ],
 )
 def test_worth_it_needs_every_rival_to_be_worse(spans, answer, value):

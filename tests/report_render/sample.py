@@ -2,6 +2,7 @@
 
 import math
 import random
+from collections.abc import Sequence
 
 from moeadapt.report.data import (
     Arm,
@@ -42,12 +43,13 @@ def make_layer(
         max_over_mean=max(times),
         cv=math.sqrt(sum((t - 1) ** 2 for t in times) / experts),
         effective_experts=math.exp(-sum(share * math.log(share) for share in load)),
-        active=min(2.0, experts),
+        active=min(2.0, float(experts)),
         entropy=(0.9 - 0.5 * depth) * math.log2(experts),
         lift=lift,
         p_value=[[0.01 if abs(math.log2(x)) > 0.6 else 0.4 for x in row] for row in lift],
         mutual_information=information,
         mutual_information_null=0.035,
+        mutual_information_high=0.06,
         mutual_information_p=0.005 if information > 0.06 else 0.3,
         similarity=symmetric(rng, experts, 1.0, lambda: rng.gauss(0.05, 0.12)) if similar else None,
         coactivation=symmetric(rng, experts, 0.3, lambda: rng.random() * 2 / experts**1.5),
@@ -62,20 +64,19 @@ def symmetric(rng: random.Random, size: int, diagonal: float, draw) -> Matrix:
     return matrix
 
 
-def make_flow(rng: random.Random, layer: int, load: list[float]) -> Flow:
-    size = len(load)
-    mixed = [[rng.gammavariate(0.35, 1) + 1e-3 for _ in range(size)] for _ in range(size)]
+def make_flow(rng: random.Random, layer: int, load: list[float], size: int) -> Flow:
+    mixed = [[rng.gammavariate(0.35, 1) + 1e-3 for _ in range(size)] for _ in load]
     rows = [[share * x for x in normalized(row)] for share, row in zip(load, mixed, strict=True)]
     return Flow(layer=layer, shares=rows)
 
 
 def make_text(
-    rng: random.Random, domain: str, tokens: list[str], layers: int, experts: int
+    rng: random.Random, domain: str, tokens: list[str], sizes: Sequence[int]
 ) -> ColoredText:
-    slots = min(2, experts)
-    chosen = [[rng.sample(range(experts), slots) for _ in tokens] for _ in range(layers)]
+    slots = min(2, *sizes)
+    chosen = [[rng.sample(range(size), slots) for _ in tokens] for size in sizes]
     weights = []
-    for _ in range(layers):
+    for _ in sizes:
         first = [rng.uniform(0.5, 1.0) for _ in tokens]
         weights.append([[w, 1 - w][:slots] if slots > 1 else [1.0] for w in first])
     return ColoredText(domain=domain, tokens=tokens, experts=chosen, weights=weights)
@@ -153,7 +154,7 @@ VERDICTS = [
 def sample(
     *,
     layers: int = 6,
-    experts: int = 8,
+    experts: int | Sequence[int] = 8,
     domains: list[str] | None = None,
     training: bool = True,
     similar: bool = True,
@@ -162,38 +163,39 @@ def sample(
     tokens: int = 120,
 ) -> ReportData:
     rng = random.Random(0)
+    # A number for all layers, or one per layer.
+    sizes = [experts] * layers if isinstance(experts, int) else list(experts)
     domains = DOMAINS if domains is None else domains
-    names = [f"base_model.model.model.layers.{index}.mlp" for index in range(layers)]
+    names = [f"base_model.model.model.layers.{index}.mlp" for index in range(len(sizes))]
     title = "Made-up sample"
     settings = {"base": "none, the numbers are made up", "placement": "ffn", "router": "top_k, k 2",
-                "experts": f"{experts} x lora, r 8", "balance": "switch 0.01"}  # fmt: skip
+                "experts": f"{max(sizes)} x lora, r 8", "balance": "switch 0.01"}  # fmt: skip
     if hostile:
         domains = [f"{HOSTILE} {name}" for name in domains]
         names = [f"{name}.{HOSTILE}" for name in names]
         title = STYLE_ESCAPE + "\ud83d"
         settings = {HOSTILE: STYLE_ESCAPE}
     each = [
-        make_layer(rng, name, experts, len(domains), (index + 1) / layers, similar)
+        make_layer(rng, name, sizes[index], len(domains), (index + 1) / len(sizes), similar)
         for index, name in enumerate(names)
     ]
     return ReportData(
         title=title,
         settings=settings,
-        num_experts=experts,
+        num_experts=max(sizes),
         domains=domains,
         texts_per_domain=[40 - 3 * index for index in range(len(domains))],
         tokens=18_432,
         verdicts=VERDICTS,
         arms=make_arms(),
         layers=each,
-        flows=[make_flow(rng, index, each[index].load) for index in range(layers - 1)],
+        flows=[make_flow(rng, i, each[i].load, sizes[i + 1]) for i in range(len(sizes) - 1)],
         texts=[
             make_text(
                 rng,
                 domain,
                 (NASTY if hostile else []) + [rng.choice(WORDS) for _ in range(tokens)],
-                layers,
-                experts,
+                sizes,
             )
             for domain in domains
         ]

@@ -2,9 +2,11 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 
+from moeadapt.report.adjust import adjusted
 from moeadapt.report.data import TrainingPoint
 from moeadapt.report.palette import ShownExperts, short_names, shown_experts, spread
 from moeadapt.report.panels import texts
@@ -68,7 +70,8 @@ def test_a_number_that_rounds_to_zero_has_no_sign():
 @pytest.mark.parametrize(
     ("low", "high", "reading"),
     [(0.01, 0.2, "worse than learned"), (-0.2, -0.01, "better than learned"),
-     (-0.1, 0.1, "no clear difference")],
+     (-0.1, 0.1, "no clear difference"), (1e-7, 2e-6, "no clear difference"),
+     (-2e-6, -1e-7, "no clear difference")],
 )  # fmt: skip
 def test_a_difference_is_read_from_its_interval(low, high, reading):
     data = sample()
@@ -95,11 +98,39 @@ def test_an_unused_expert_and_numbers_that_are_none_can_be_drawn():
             assert "nan" not in picture.alt
 
 
+def test_line_separators_in_a_domains_name_do_not_stop_the_charts():
+    data = sample(layers=1, domains=["a\u2028b", "c\u2029d"])
+    for picture in domains_panel(data).pictures:
+        assert not {"\u2028", "\u2029"} & set(picture.svg)
+
+
 def test_hollow_marks_are_those_that_could_be_chance():
     data = sample(layers=1)
-    layer = dataclasses.replace(data.layers[0], p_value=[[0.5] * 8, [0.05] * 8, [0.5] * 8])
+    layer = dataclasses.replace(data.layers[0], p_value=[[0.5] * 8, [0.016] * 8, [0.5] * 8])
     (lift, _) = domains_panel(dataclasses.replace(data, layers=[layer])).pictures
     assert "8 of 24 are unlikely by chance" in lift.alt
+
+
+def test_many_tests_of_nothing_fill_no_mark():
+    """Uncorrected, 5 % of the marks would be filled; the layers that are not shown count too."""
+    data, rng = sample(layers=8), random.Random(0)
+    layers = [
+        dataclasses.replace(layer, p_value=[[rng.random() for _ in row] for row in layer.p_value])
+        for layer in data.layers
+    ]
+    panel = domains_panel(dataclasses.replace(data, layers=layers))
+    assert "; 0 of 144 are unlikely by chance" in panel.pictures[0].alt
+    assert "Benjamini and Hochberg" in panel.lead
+
+
+def test_adjusted_p_values_are_those_of_the_definition():
+    rng = random.Random(1)
+    given = [rng.random() ** 3 for _ in range(20)]
+    ranked = sorted(given)
+    slow = [min(1.0, *(20 * q / rank for rank, q in enumerate(ranked, 1) if q >= p)) for p in given]
+    assert adjusted(given) == pytest.approx(slow)
+    assert math.isnan(adjusted([math.nan, 0.04])[0])
+    assert adjusted([math.nan, 0.04])[1] == 0.04
 
 
 def test_ribbons_fill_the_bars_they_join():

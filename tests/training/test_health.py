@@ -11,20 +11,17 @@ import pytest
 import torch
 from torch import nn
 
-from moeadapt import MoeAdaptCallback, override_routing
-from moeadapt.errors import ConfigError, RoutingWarning, TrainingError
+from moeadapt import MoeAdaptCallback
+from moeadapt.errors import RoutingWarning
 from moeadapt.routers import ROUTERS
 from moeadapt.schedule import ScheduleValues
 from moeadapt.stats import RouterStats
 from moeadapt.training import health
 from moeadapt.training.health import WINDOW, RouterHealth, join
-from moeadapt.training.recipe import parse_recipe
-from moeadapt.training.uniform_check import compare_with_uniform
 from moeadapt.tuner.context import RoutingContext
 from moeadapt.tuner.head import RouterHead
-from tests.tiny import adapted, batch, labels_of
-from tests.toy import toy_text
-from tests.training.kit import make_trainer, moe, parameters
+from tests.tiny import adapted
+from tests.training.kit import make_trainer
 
 
 def stats(load: list[float], active: float = 1.0, entropy: float = 1.0, tokens: float = 100.0):
@@ -47,15 +44,18 @@ EVEN = [0.25] * 4
 
 
 def run(
-    *steps: RouterStats, names: tuple[str, ...] = ("default/a",), router: RouterHead | None = None
+    *steps: RouterStats,
+    names: tuple[str, ...] = ("default/a",),
+    router: RouterHead | None = None,
+    each: int = 1,
 ) -> list[str]:
-    """Observe the steps; return the messages."""
+    """Observe the logs, of `each` optimizer steps; return the messages."""
     router = router or head()
     watch = RouterHealth()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in steps:
-            watch.observe(dict.fromkeys(names, step), dict.fromkeys(names, router))
+            watch.observe(dict.fromkeys(names, step), dict.fromkeys(names, router), steps=each)
     assert all(issubclass(one.category, RoutingWarning) for one in caught)
     return [str(one.message) for one in caught]
 
@@ -76,12 +76,26 @@ def test_each_symptom_is_told_once_when_the_window_is_full(sick: Any, message: s
     assert run(*[sick] * (WINDOW - 1)) == []
     (said,) = run(*[sick] * 3 * WINDOW)
     assert said.startswith(message)
-    assert re.search(r"over the last 20 logged steps\. .*(Raise|Add) ", said)
+    assert re.search(r"over the last 20 optimizer steps\. .*(Raise|Add) ", said)
 
 
 @pytest.mark.parametrize(("sick", "message"), list(SICK.values()), ids=list(SICK))
 def test_a_step_or_two_are_no_symptom(sick: Any, message: str) -> None:
     assert run(*([stats(EVEN)] * 9 + [sick]) * 5) == []
+
+
+@pytest.mark.parametrize(("each", "logs"), [(500, 1), (20, 1), (7, 3), (1, 20)])
+def test_the_window_is_of_optimizer_steps_however_often_they_are_logged(
+    each: int, logs: int
+) -> None:
+    sick = SICK["dead"][0]
+    assert run(*[sick] * (logs - 1), each=each) == []
+    (said,) = run(*[sick] * logs, each=each)
+    assert f"over the last {each * logs} optimizer steps. " in said
+    # Older logs than the window needs are forgotten.
+    before = [stats(EVEN)] * 40
+    (said,) = run(*before, *[sick] * logs, each=each)
+    assert f"over the last {each * logs} optimizer steps. " in said
 
 
 BORDER = {
@@ -171,129 +185,15 @@ def test_a_run_warns_once_of_its_routers(
         trainer.train()
 
 
-@torch.no_grad()
-def slow_losses(model: Any, batches: list[Any]) -> tuple[float, float]:
-    """Return the mean loss, learned and uniform."""
-    learned = [float(model(**one).loss) for one in batches]
-    with override_routing(model, router="uniform"):
-        uniform = [float(model(**one).loss) for one in batches]
-    return sum(learned) / len(learned), sum(uniform) / len(uniform)
-
-
-@pytest.fixture(scope="module")
-def two() -> Any:
-    """A model, and batches on which its routing is worse and better than uniform."""
-    model = adapted("llama", "block").double()
-    better, worse = [], []
-    for seed in range(40):
-        inputs = batch(seed=seed)
-        one = {**inputs, "labels": labels_of(inputs), "unknown": ["a", "b", "c"]}
-        plain = {name: value for name, value in one.items() if name != "unknown"}
-        learned, uniform = slow_losses(model, [plain])
-        (better if learned < uniform else worse).append(one)
-    assert len(better) > 2
-    assert len(worse) > 2
-    return model, better, worse
-
-
-def test_learned_routing_that_is_better_is_not_warned_of(two: Any) -> None:
-    model, better, _ = two
-    assert compare_with_uniform(model.train(), better, torch.device("cpu"))
-    assert model.training
-
-
-def test_learned_routing_that_is_no_better_is_warned_of_with_both_losses(two: Any) -> None:
-    model, _, worse = two
-    plain = [{n: v for n, v in one.items() if n != "unknown"} for one in worse[:8]]
-    learned, uniform = slow_losses(model.eval(), plain)
-    with pytest.warns(RoutingWarning, match=f"loss {learned:.4f} and {uniform:.4f} on the first"):
-        assert not compare_with_uniform(model, worse, torch.device("cpu"))
-
-
-def test_at_most_eight_batches_are_computed(two: Any) -> None:
-    model, better, _ = two
-    taken = []
-
-    def batches() -> Any:
-        for one in better * 9:
-            taken.append(one)
-            yield one
-
-    compare_with_uniform(model, batches(), torch.device("cpu"))
-    assert len(taken) == 8
-
-
-def test_batches_without_labels_and_no_batches_are_refused(two: Any) -> None:
-    model = two[0]
-    with pytest.raises(TrainingError, match="compares the loss on labels"):
-        compare_with_uniform(model, [batch()], torch.device("cpu"))
-    with pytest.raises(TrainingError, match="gave no batches"):
-        compare_with_uniform(model, [], torch.device("cpu"))
-
-
 @pytest.mark.parametrize("stock", [False, True])
-@pytest.mark.parametrize("asked", [False, True])
-def test_evaluations_of_a_run_compare_only_if_asked(
-    stock: bool, asked: bool, tmp_path: Path
+def test_a_run_that_logs_seldom_is_warned_at_its_first_log(
+    stock: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Experts without effect: learned and uniform routing are alike.
-    config = {"compare_uniform": asked}
+    monkeypatch.setattr(health, "WINDOW", 4)
+    model = adapted("llama", "block", router={"name": "top_k", "k": 1, "init_std": 300.0})
     trainer = make_trainer(
-        "SFT", tmp_path, stock=stock, max_steps=2, eval_strategy="steps", eval_steps=1,
-        callbacks=[MoeAdaptCallback(**config)] if stock else [],
-        learning_rate=1e-30,
-        trainer_fields={"eval_dataset": toy_text(4), **({} if stock else config)},
+        "SFT", tmp_path, stock=stock, model=model.train(), max_steps=4, logging_steps=4,
+        callbacks=[MoeAdaptCallback()] if stock else [], learning_rate=1e-6,
     )  # fmt: skip
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", RoutingWarning)
+    with pytest.warns(RoutingWarning, match="over the last 4 optimizer steps"):
         trainer.train()
-    said = [str(one.message) for one in caught if issubclass(one.category, RoutingWarning)]
-    assert [message.partition(":")[0] for message in said] == [
-        "learned routing is no better than all experts in equal shares"
-    ] * asked
-    assert len([log for log in trainer.state.log_history if "eval_loss" in log]) == 2
-
-
-@pytest.mark.parametrize("stock", [False, True])
-def test_the_comparison_does_not_change_the_training(stock: bool, tmp_path: Path) -> None:
-    """Dropout and the order of rows come from the generators, which a comparison must not move."""
-    trained = []
-    for asked in (False, True):
-        option = {"compare_uniform": asked}
-        trainer = make_trainer(
-            "SFT", tmp_path, stock=stock, max_steps=4, eval_strategy="steps", eval_steps=1,
-            gradient_accumulation_steps=2, rows=toy_text(6), config=moe(lora_dropout=0.5),
-            callbacks=[MoeAdaptCallback(**option)] if stock else [],
-            trainer_fields={"eval_dataset": toy_text(100), **({} if stock else option)},
-        )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RoutingWarning)
-            trainer.train()
-        trained.append(parameters(trainer.model, adapter=True))
-        running = trainer.accelerator.gradient_state.dataloader_references
-        lengths = [len(loader.dataset) for loader in running if loader is not None]
-        assert 100 not in lengths, "an evaluation still counts as running"
-    for name, value in trained[0].items():
-        assert torch.equal(value, trained[1][name]), name
-
-
-FLAGS = ["--model_name_or_path", "x", "--output_dir", "unused", "--use_cpu", "--bf16", "false"]
-EVALUATED = ["--compare_uniform", "true", "--eval_strategy", "epoch"]
-
-
-def test_a_recipe_can_ask_for_the_comparison() -> None:
-    assert parse_recipe("sft", None, [*FLAGS, *EVALUATED]).router_keywords["compare_uniform"]
-    assert not parse_recipe("sft", None, FLAGS).router_keywords["compare_uniform"]
-
-
-WRONG = {
-    "lora": ("sft", [*EVALUATED, "--lora.r", "2"], "for mixtures trained by sft"),
-    "dpo": ("dpo", EVALUATED, "for mixtures trained by sft"),
-    "no evaluation": ("sft", EVALUATED[:2], "set eval_strategy"),
-}
-
-
-@pytest.mark.parametrize(("goal", "flags", "message"), list(WRONG.values()), ids=list(WRONG))
-def test_a_recipe_that_asks_in_vain_is_refused(goal: str, flags: Any, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        parse_recipe(goal, None, [*FLAGS, *flags])

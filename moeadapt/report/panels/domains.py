@@ -5,6 +5,7 @@ from typing import Any
 
 import altair as alt
 
+from moeadapt.report.adjust import adjusted
 from moeadapt.report.data import Layer, ReportData
 from moeadapt.report.palette import ACCENT, HIGH, LOW, OTHER, short_names, shown_experts, spread
 from moeadapt.report.panels.base import Panel
@@ -40,7 +41,8 @@ def domains_panel(data: ReportData) -> Panel:
         key="domains",
         title="Domains and experts",
         lead="Lift: how much oftener a domain uses an expert than all tokens do. A filled mark is "
-        f"unlikely by chance (p at most {LEVEL}, permuting the domains of the texts); a hollow one "
+        f"unlikely by chance (p at most {LEVEL}, permuting the domains of the texts, adjusted by "
+        "Benjamini and Hochberg for all domains, experts and layers of the report); a hollow one "
         "could be chance.",
         pictures=[_lift(data), _information(data)] if measured else [],
         notes=notes,
@@ -50,7 +52,9 @@ def domains_panel(data: ReportData) -> Panel:
 def _lift(data: ReportData) -> Picture:
     labels = short_names([layer.name for layer in data.layers])
     layers = spread(len(data.layers), MOST_LAYERS)
-    experts = shown_experts(data).indices
+    shown = shown_experts(data)
+    experts = shown.indices
+    sure = _sure(data)
     cells = [
         {
             "layer": f"layer {labels[index]}",
@@ -58,11 +62,11 @@ def _lift(data: ReportData) -> Picture:
             "expert": str(expert),
             "log": _log_lift(data.layers[index], row, expert),
             "strength": abs(_log_lift(data.layers[index], row, expert)),
-            "sure": data.layers[index].p_value[row][expert] <= LEVEL,
+            "sure": (index, row, expert) in sure,
         }
         for index in layers
         for row, name in enumerate(data.domains)
-        for expert in experts
+        for expert in shown.within(len(data.layers[index].load))
     ]
     base = _lift_marks([str(expert) for expert in experts], data.domains)
     marks = alt.layer(
@@ -78,13 +82,24 @@ def _lift(data: ReportData) -> Picture:
         spacing=22,
     )
     best = max(cells, key=lambda cell: cell["log"])
-    sure = sum(cell["sure"] for cell in cells)
+    filled = sum(cell["sure"] for cell in cells)
     sentence = (
         f"Lift of {len(data.domains)} domains on {len(experts)} experts in {len(layers)} layers. "
         f"The largest is {number(2 ** best['log'])} times, {best['domain']} on expert "
-        f"{best['expert']} in {best['layer']}; {sure} of {len(cells)} are unlikely by chance."
+        f"{best['expert']} in {best['layer']}; {filled} of {len(cells)} are unlikely by chance."
     )
     return chart_picture(chart, "lift", sentence, {"rows": cells}, title="Lift by layer")
+
+
+def _sure(data: ReportData) -> set[tuple[int, int, int]]:
+    """Return (layer, domain, expert) of every lift that is unlikely by chance, of all layers."""
+    places, values = [], []
+    for index, layer in enumerate(data.layers):
+        for row, own in enumerate(layer.p_value):
+            for expert, p in enumerate(own):
+                places.append((index, row, expert))
+                values.append(p)
+    return {place for place, p in zip(places, adjusted(values), strict=True) if p <= LEVEL}
 
 
 def _lift_marks(experts: list[str], domains: list[str]) -> Any:
@@ -117,12 +132,13 @@ def _log_lift(layer: Layer, row: int, expert: int) -> float:
 def _information(data: ReportData) -> Picture:
     labels = short_names([layer.name for layer in data.layers])
     shown = spread(len(data.layers), MOST_BARS)
+    chances = adjusted([layer.mutual_information_p for layer in data.layers])
     rows = [
         {
             "layer": labels[index],
             "bits": data.layers[index].mutual_information,
             "null": data.layers[index].mutual_information_null,
-            "sure": data.layers[index].mutual_information_p <= LEVEL,
+            "sure": chances[index] <= LEVEL,
         }
         for index in shown
     ]

@@ -59,7 +59,7 @@ def _matrix(layer: Layer, which: str) -> list[list[float]] | None:
 def _cells(data: ReportData, which: str) -> Cells:
     """Return the pairs shown, without a value on the diagonal."""
     labels = short_names([layer.name for layer in data.layers])
-    experts = shown_experts(data).indices
+    shown = shown_experts(data)
     return [
         {
             "layer": f"layer {labels[index]}",
@@ -69,8 +69,8 @@ def _cells(data: ReportData, which: str) -> Cells:
         }
         for index in spread(len(data.layers), MOST_LAYERS)
         if (matrix := _matrix(data.layers[index], which)) is not None
-        for row in experts
-        for column in experts
+        for row in shown.within(len(matrix))
+        for column in shown.within(len(matrix))
     ]
 
 

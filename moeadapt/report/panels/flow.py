@@ -187,7 +187,8 @@ def _svg(
 
 
 def _sentence(data: ReportData) -> str:
-    stay = [sum(flow.shares[e][e] for e in range(data.num_experts)) for flow in data.flows]
+    # A flow has a row per expert of its layer and a column per expert of the next.
+    stay = [sum(row[e] for e, row in enumerate(flow.shares) if e < len(row)) for flow in data.flows]
     mean = sum(stay) / len(stay)
     return (
         f"Flow of tokens between main experts over {len(data.flows)} steps between layers. On "

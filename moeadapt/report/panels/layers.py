@@ -33,7 +33,7 @@ def layers_panel(data: ReportData) -> Panel:
             "rows": [_layer(index, layer) for index, layer in enumerate(data.layers)],
         }
     ]
-    if len(data.layers) * data.num_experts <= FEW_ROWS:
+    if sum(len(layer.load) for layer in data.layers) <= FEW_ROWS:
         tables.append(
             {
                 "name": "Experts of each layer",
@@ -47,7 +47,7 @@ def layers_panel(data: ReportData) -> Panel:
                 "rows": [
                     _expert(index, layer, expert)
                     for index, layer in enumerate(data.layers)
-                    for expert in range(data.num_experts)
+                    for expert in range(len(layer.load))
                 ],
             }
         )

@@ -10,6 +10,7 @@ from moeadapt.report.palette import (
     OTHER,
     diverging,
     diverging_domain,
+    one_size,
     short_names,
     shown_experts,
     spread,
@@ -40,27 +41,38 @@ def load_panel(data: ReportData) -> Panel:
         notes.append(f"Shown are {len(shown)} of {len(data.layers)} layers; the table has all.")
     if data.num_experts > MOST_COLUMNS:
         notes.append(f"{shown_experts(data).note} The column other is the mean of the rest.")
+    if one_size(data):
+        balanced = f"1/{data.num_experts}"
+    else:
+        balanced = "1/E"
+        notes.append(f"E is the number of experts of the layer, at most {data.num_experts}.")
     return Panel(
         key="load",
         title="Load of experts",
         lead=f"Share of the used slots that each expert gets, as a multiple of the balanced load "
-        f"1/{data.num_experts}. Without colour: balanced. Orange: more. Blue: less.",
+        f"{balanced}. Without colour: balanced. Orange: more. Blue: less.",
         pictures=[_picture(data, shown)],
         notes=notes,
     )
 
 
 def _columns(data: ReportData, load: list[float]) -> list[tuple[str, Number]]:
-    """Return the name of each column and its multiple of 1/E."""
+    """Return the name of each column that a layer has and its multiple of 1/E of that layer."""
+    size = len(load)
     if data.num_experts <= MOST_COLUMNS:
-        return [(str(e), share * data.num_experts) for e, share in enumerate(load)]
+        return [(str(e), share * size) for e, share in enumerate(load)]
     experts = shown_experts(data)
-    rest = data.num_experts - len(experts.indices)
-    sizes = [1] * len(experts.indices) + [rest]
-    return [
-        (label, share * data.num_experts / size)
-        for label, share, size in zip(experts.labels, experts.fold(load), sizes, strict=True)
-    ]
+    own = experts.within(size)
+    columns = [(str(e), load[e] * size) for e in own]
+    rest = size - len(own)
+    return columns + ([("other", experts.fold(load)[-1] * size / rest)] if rest else [])
+
+
+def _names(data: ReportData) -> list[str]:
+    """Return the columns of all layers in order."""
+    if data.num_experts <= MOST_COLUMNS:
+        return [str(expert) for expert in range(data.num_experts)]
+    return shown_experts(data).labels
 
 
 def _picture(data: ReportData, shown: list[int]) -> Picture:
@@ -96,9 +108,7 @@ def _picture(data: ReportData, shown: list[int]) -> Picture:
         )
         for key, title in BESIDE.items()
     ]
-    heat = _heat(
-        [cell["log"] for cell in cells], list(dict.fromkeys(c["expert"] for c in cells)), order, row
-    )
+    heat = _heat([cell["log"] for cell in cells], _names(data), order, row)
     chart = alt.hconcat(heat, *beside, spacing=26).resolve_scale(y="shared")
     return chart_picture(chart, "load", _sentence(data), {"cells": cells, "layers": values})
 
@@ -152,7 +162,8 @@ def _bars(key: str, title: str, end: Number, order: list[str], row: int) -> Any:
 
 def _sentence(data: ReportData) -> str:
     worst = max(data.layers, key=lambda layer: layer.max_over_mean)
+    experts = f"{'' if one_size(data) else 'up to '}{data.num_experts} experts"
     return (
-        f"Load of {data.num_experts} experts in {len(data.layers)} layers. The busiest expert "
-        f"takes {number(worst.max_over_mean)} times the balanced load, in {worst.name}."
+        f"Load of {experts} in {len(data.layers)} layers. The busiest expert takes "
+        f"{number(worst.max_over_mean)} times the balanced load, in {worst.name}."
     )

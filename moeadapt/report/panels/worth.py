@@ -6,6 +6,7 @@ from moeadapt.report.data import Arm, ReportData
 from moeadapt.report.palette import ACCENT
 from moeadapt.report.panels.base import Panel
 from moeadapt.report.picture import Picture, chart_picture, table
+from moeadapt.report.verdicts import ROUNDING
 from moeadapt.report.wording import interval, number
 
 LEARNED = "learned"
@@ -43,9 +44,9 @@ def worth_panel(data: ReportData) -> Panel:
 def _reading(arm: Arm) -> str:
     if arm.name == LEARNED:
         return "the reference"
-    if arm.difference_low > 0:
+    if arm.difference_low > ROUNDING:
         return "worse than learned"
-    if arm.difference_high < 0:
+    if arm.difference_high < -ROUNDING:
         return "better than learned"
     return "no clear difference"
 
