@@ -53,13 +53,13 @@ def _applies(check: Check, subject: Subject) -> bool:
 def _run(name: str, check: Check, subject: Subject) -> list[Finding]:
     found: list[Finding] = []
     with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("always", category=UserWarning, module="moeadapt")
+        warnings.simplefilter("always")
         try:
             found.extend(check.run(subject))
         except (MoeAdaptError, OSError, metadata.PackageNotFoundError) as error:
             found.append(Finding(check=name, level="error", what=str(error), why=check.why))
-    for warning in said:
-        what = str(warning.message)
+    # What other packages say of their own future is not about the folder.
+    told = [w.message for w in said if w.category is UserWarning and check.scope != "environment"]
+    for what in dict.fromkeys(str(message) for message in told):
         found.append(Finding(check=name, level="warning", what=what, why="loading warns of it"))
     return found
