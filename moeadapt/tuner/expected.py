@@ -1,6 +1,5 @@
 """Which tensors the file of an adapter must hold on a base: names and shapes, nothing allocated."""
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ from moeadapt.routers import LinearRouter
 from moeadapt.tuner.adapter_layer import PREFIX
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.plan import TargetPlan, experts_of
+from moeadapt.tuner.quiet import without_warnings
 from moeadapt.tuner.segments import make_start
 from moeadapt.tuner.sizes import router_config
 from moeadapt.tuner.tokens import token_modules
@@ -46,8 +46,7 @@ def expected_tensors(
     specs: dict[str, TensorSpec] = {}
     made: dict[Any, dict[str, TensorSpec]] = {}
     routed: set[str] = set()
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # the router that is kept warns
+    with without_warnings(), torch.device("meta"):  # the router that is kept warns
         for key, plan in plans.items():
             own = (sizes[key], plan.placement)
             if own not in made:

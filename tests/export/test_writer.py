@@ -128,7 +128,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path, monkeypatch
 def test_everything_is_flushed_before_the_folder_gets_its_name(tmp_path, monkeypatch):
     steps = []
     rename = os.rename
-    monkeypatch.setattr(hidden_folder, "_sync", lambda path: steps.append(path.name))
+    monkeypatch.setattr(hidden_folder, "sync", lambda path: steps.append(path.name))
     monkeypatch.setattr(os, "rename", lambda a, b: (steps.append("rename"), rename(a, b)))
     with begin(tmp_path) as writer:
         for name, value in values().items():

@@ -136,7 +136,7 @@ def command_line(arguments: list[str]) -> int:
     context = typer.Context(typer.main.TyperCommand("train"))
     context.args = arguments
     try:
-        train(context, "sft", None)
+        train(context, "sft", None, dry_run=False)
     except typer.Exit as end:
         return end.exit_code
     return 0
