@@ -171,7 +171,11 @@ def remove_leftovers(out_dir: Path) -> None:
 
 def remove_hidden(parent: Path, pattern: str) -> None:
     """Remove what killed runs left in `parent` of folders whose names match `pattern`."""
-    for folder in parent.glob(f".{pattern}.partial-*"):
+    try:
+        left = list(parent.glob(f".{pattern}.partial-*"))
+    except OSError:
+        return  # what cannot be listed cannot be removed either; writing there will say why
+    for folder in left:
         try:
             lock = _lock(folder)
         except OSError:
