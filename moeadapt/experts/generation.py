@@ -21,19 +21,19 @@ class Generation:
     what it keeps.
 
     Attributes:
-        answer: stands for the answer that is being generated; another one for each.
+        answer: number of the answer that is being generated; a copy counts anew.
     """
 
     def __init__(self) -> None:
         """Keep nothing yet."""
         self._cache: weakref.ref[Any] | None = None
         self._kept: dict[Any, _Kept] = {}
-        self.answer = object()
+        self.answer = 0
         self._decodes = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to a running generation."""
-        return {"_cache": None, "_kept": {}, "answer": object(), "_decodes": False}
+        return {"_cache": None, "_kept": {}, "answer": -1, "_decodes": False}
 
     def enter(self, cache: Any, tokens: int = 1) -> None:
         """Start a forward.
@@ -55,7 +55,7 @@ class Generation:
     def forget(self) -> None:
         """Drop every copy."""
         self._kept.clear()
-        self.answer = object()
+        self.answer = 0
 
     @property
     def decodes(self) -> bool:

@@ -81,7 +81,7 @@ class Block:
 
     def _prepare_decoding(self, adapter: str, generation: Generation) -> None:
         """Look for a shorter way, once per answer: the next token may take it."""
-        if generation.decodes and self._decoding is not generation.answer:
+        if generation.decodes and self._decoding != generation.answer:
             self._decoding = generation.answer
             self._step = BlockStep.of(adapter, self)
 
