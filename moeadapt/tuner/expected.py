@@ -143,10 +143,12 @@ def check_plausible(config: MoeLoraConfig, header: Header, path: Any) -> None:
         AdapterFileError: names both numbers.
     """
     largest = max((info.size for info in header.tensors.values()), default=0)
-    for field, pattern in (("r", config.rank_pattern), ("num_experts", config.experts_pattern)):
-        value = getattr(config, field)
-        if header.tensors and value > largest and not pattern:
-            raise AdapterFileError(
-                f"{path}: its settings say {field}={value}, but its largest tensor holds {largest} "
-                "numbers: take the adapter_config.json that was saved with it"
-            )
+    for field, pattern in (("r", "rank_pattern"), ("num_experts", "experts_pattern")):
+        said = getattr(config, pattern)
+        values = said.values() if isinstance(said, dict) else said if isinstance(said, list) else ()
+        for value in (getattr(config, field), *values):
+            if header.tensors and isinstance(value, int) and value > largest:
+                raise AdapterFileError(
+                    f"{path}: its settings say {field}={value}, but its largest tensor holds "
+                    f"{largest} numbers: take the adapter_config.json that was saved with it"
+                )

@@ -105,6 +105,23 @@ def test_token_ids_that_the_base_or_the_file_does_not_have_are_refused(loader, t
     loader.assert_base_untouched()
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {"q_proj": 2**63}},
+        {"rank_pattern": {"v_proj": 1}, "r": 2**63},
+        {"experts_pattern": {"q_proj": 2**40}},
+        {"experts_pattern": {"v_proj": 2}, "num_experts": 2**40},
+    ],
+)
+def test_absurd_sizes_beside_patterns_are_refused(loader, fields):
+    """Found by fuzzing: sizes were not looked at where there was a pattern."""
+    settings = {**json.loads(valid().settings), **fields}
+    loader.write(replace(valid(), settings=json.dumps(settings).encode(), sealed=True))
+    with pytest.raises(AdapterFileError, match="its largest tensor holds 128 numbers"):
+        loader.load("from_pretrained")
+
+
 def test_numbers_whose_products_overflow_are_told(loader):
     """Found by fuzzing: outputs were not finite, and nothing was said of numbers below 1e38."""
     header, data = split(valid().weights)
