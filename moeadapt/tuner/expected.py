@@ -143,12 +143,16 @@ def check_plausible(config: MoeLoraConfig, header: Header, path: Any) -> None:
         AdapterFileError: names both numbers.
     """
     largest = max((info.size for info in header.tensors.values()), default=0)
-    for field, pattern in (("r", "rank_pattern"), ("num_experts", "experts_pattern")):
-        said = getattr(config, pattern)
-        values = said.values() if isinstance(said, dict) else said if isinstance(said, list) else ()
-        for value in (getattr(config, field), *values):
-            if header.tensors and isinstance(value, int) and value > largest:
-                raise AdapterFileError(
-                    f"{path}: its settings say {field}={value}, but its largest tensor holds "
-                    f"{largest} numbers: take the adapter_config.json that was saved with it"
-                )
+    said: list[tuple[str, Any]] = []
+    for field in ("r", "num_experts", "n_shared", "granularity"):
+        said.append((field, getattr(config, field)))
+    for field in ("rank_pattern", "experts_pattern"):
+        pattern = getattr(config, field)
+        values = pattern.values() if isinstance(pattern, dict) else pattern or ()
+        said.extend((field, value) for value in values)
+    for field, value in said:
+        if header.tensors and value > largest:
+            raise AdapterFileError(
+                f"{path}: its settings say {field}={value}, but its largest tensor holds {largest} "
+                "numbers: take the adapter_config.json that was saved with it"
+            )

@@ -111,11 +111,14 @@ def test_token_ids_that_the_base_or_the_file_does_not_have_are_refused(loader, t
         {"rank_pattern": {"q_proj": 2**63}},
         {"rank_pattern": {"v_proj": 1}, "r": 2**63},
         {"experts_pattern": {"q_proj": 2**40}},
+        {"n_shared": 2**63},
+        {"n_shared": 10**9},
+        {"granularity": 2**63, "r": 2**63},
         {"experts_pattern": {"v_proj": 2}, "num_experts": 2**40},
     ],
 )
 def test_absurd_sizes_beside_patterns_are_refused(loader, fields):
-    """Found by fuzzing: sizes were not looked at where there was a pattern."""
+    """Found by fuzzing: not every size was looked at, and none where there was a pattern."""
     settings = {**json.loads(valid().settings), **fields}
     loader.write(replace(valid(), settings=json.dumps(settings).encode(), sealed=True))
     with pytest.raises(AdapterFileError, match="its largest tensor holds 128 numbers"):
