@@ -52,4 +52,4 @@ def test_an_absurd_option_is_refused_or_gives_numbers(kind: str, tmp_path: Path)
     for case in CASES[kind]:
         text = json.dumps({**settings, **case}).encode()
         loader.check(replace(valid(), settings=text, sealed=True))
-    assert loader.outcomes["AdapterFileError"] > len(CASES[kind]) / 3
+    assert loader.outcomes["AdapterFileError"] > 5
