@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
@@ -33,8 +34,12 @@ MEMORY_DISK = Path("/dev/shm")
 
 @pytest.fixture(scope="module")
 def loader() -> Iterator[Loader]:
+    # The run-time checks of shapes take most of the time, and no user has them.
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
     with TemporaryDirectory(dir=MEMORY_DISK if MEMORY_DISK.is_dir() else None) as folder:
         yield warmed_up(Path(folder) / "adapter")
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def warmed_up(folder: Path) -> Loader:
