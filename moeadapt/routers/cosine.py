@@ -24,14 +24,14 @@ class CosineConfig(LinearRouterConfig):
 
     Attributes:
         k: experts per token, 1 to the number of experts.
-        dim: width of the projection, >= 1; X-MoE takes half the number of experts.
+        dim: width of the projection, 1 to 65536; X-MoE takes half the number of experts.
         min_temperature: lower bound of the learned temperature, > 0.
     """
 
     k_can_change: ClassVar = True
 
     k: Annotated[int, Field(ge=1)] = 2
-    dim: Annotated[int, Field(ge=1)] = 16
+    dim: Annotated[int, Field(ge=1, le=65536)] = 16
     min_temperature: Annotated[float, Field(gt=0.0)] = 0.01
 
     def check(self, num_experts: int) -> None:

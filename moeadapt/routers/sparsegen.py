@@ -29,10 +29,11 @@ class SparsegenConfig(LinearRouterConfig):
     """Each token chooses how sparse its weights are.
 
     Attributes:
-        spread: initial value of 1 - lambda, > 0.001: larger uses more experts; 1 is sparsemax.
+        spread: initial value of 1 - lambda, over 0.001 to 100: larger uses more experts; 1 is
+            sparsemax.
     """
 
-    spread: Annotated[float, Field(gt=0.001)] = 1.0
+    spread: Annotated[float, Field(gt=0.001, le=100.0)] = 1.0
 
     def build(self, dim: int, num_experts: int) -> "SparsegenRouter":
         """See `RouterConfig.build`."""

@@ -31,8 +31,8 @@ class TopKConfig(LinearRouterConfig):
 
     Attributes:
         k: experts per token, 1 to the number of experts, null experts included.
-        null_experts: further experts that change nothing, >= 0: a token that chooses some of them
-            uses fewer of the others, and none at all if it chooses nothing else.
+        null_experts: further experts that change nothing, 0 to 65536: a token that chooses some of
+            them uses fewer of the others, and none at all if it chooses nothing else.
         normalize: `renorm` divides the chosen probabilities by their sum, `topk_softmax` takes the
             softmax of the chosen logits (the same numbers), `none` keeps the probabilities. With
             `k=1` a renormalised weight is constantly 1 and never trains the router, so the default
@@ -52,7 +52,7 @@ class TopKConfig(LinearRouterConfig):
     noise: Literal["none", "gaussian", "softplus"] = "none"
     noise_std: Annotated[float, Field(gt=0.0)] = 1.0
     jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
-    null_experts: Annotated[int, Field(ge=0)] = 0
+    null_experts: Annotated[int, Field(ge=0, le=65536)] = 0
 
     def resolved_normalize(self) -> str:
         """`normalize`, or the default for this `k`."""

@@ -142,9 +142,15 @@ def check_plausible(config: MoeLoraConfig, header: Header, path: Any) -> None:
         AdapterFileError: names both numbers.
     """
     largest = max((info.size for info in header.tensors.values()), default=0)
-    for field, pattern in (("r", config.rank_pattern), ("num_experts", config.experts_pattern)):
-        value = getattr(config, field)
-        if header.tensors and value > largest and not pattern:
+    said: list[tuple[str, Any]] = []
+    for field in ("r", "num_experts", "n_shared", "granularity"):
+        said.append((field, getattr(config, field)))
+    for field in ("rank_pattern", "experts_pattern"):
+        pattern = getattr(config, field)
+        values = pattern.values() if isinstance(pattern, dict) else pattern or ()
+        said.extend((field, value) for value in values)
+    for field, value in said:
+        if header.tensors and value > largest:
             raise AdapterFileError(
                 f"{path}: its settings say {field}={value}, but its largest tensor holds {largest} "
                 "numbers: take the adapter_config.json that was saved with it"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import jaxtyping
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
@@ -33,8 +34,12 @@ MEMORY_DISK = Path("/dev/shm")
 
 @pytest.fixture(scope="module")
 def loader() -> Iterator[Loader]:
+    # The run-time checks of shapes take most of the time, and no user has them.
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
     with TemporaryDirectory(dir=MEMORY_DISK if MEMORY_DISK.is_dir() else None) as folder:
         yield warmed_up(Path(folder) / "adapter")
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def warmed_up(folder: Path) -> Loader:
@@ -103,6 +108,26 @@ def test_token_ids_that_the_base_or_the_file_does_not_have_are_refused(loader, t
     with pytest.raises(AdapterFileError, match=f"(?s)adapter_.*{match}"):
         loader.load("from_pretrained")
     loader.assert_base_untouched()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rank_pattern": {"q_proj": 2**63}},
+        {"rank_pattern": {"v_proj": 1}, "r": 2**63},
+        {"experts_pattern": {"q_proj": 2**40}},
+        {"n_shared": 2**63},
+        {"n_shared": 10**9},
+        {"granularity": 2**63, "r": 2**63},
+        {"experts_pattern": {"v_proj": 2}, "num_experts": 2**40},
+    ],
+)
+def test_absurd_sizes_beside_patterns_are_refused(loader, fields):
+    """Found by fuzzing: not every size was looked at, and none where there was a pattern."""
+    settings = {**json.loads(valid().settings), **fields}
+    loader.write(replace(valid(), settings=json.dumps(settings).encode(), sealed=True))
+    with pytest.raises(AdapterFileError, match="its largest tensor holds 128 numbers"):
+        loader.load("from_pretrained")
 
 
 def test_numbers_whose_products_overflow_are_told(loader):
