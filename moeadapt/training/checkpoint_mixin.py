@@ -65,12 +65,11 @@ class CheckpointMixin(_Trainer):
             self._rotate(run_dir)
             return
         kept = None if is_out_of_memory(error) else self._rescue(model, trial)
-        last = last_complete(run_dir)
         rescued = (
             f"The complete checkpoint was written to {kept}: move it to a safe place, and go on "
             "with resume_from_checkpoint set to it"
             if kept is not None
-            else f"The last complete checkpoint is {last or 'none: it was the first'}"
+            else _say_last(run_dir)
         )
         raise TrainingError(
             f"cannot save {final}: {error}. Nothing of it was left there, and the run stops. "
@@ -217,3 +216,12 @@ class CheckpointMixin(_Trainer):
             super()._push_from_checkpoint(checkpoint_folder)
         else:
             self._push_later = True
+
+
+def _say_last(run_dir: Path) -> str:
+    """Say which checkpoint a run can go on from; its folder may be closed to us by now."""
+    try:
+        last = last_complete(run_dir)
+    except OSError as error:
+        return f"Which checkpoint is the last complete one cannot be seen: {error}"
+    return f"The last complete checkpoint is {last or 'none: it was the first'}"
