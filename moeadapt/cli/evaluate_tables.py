@@ -27,7 +27,7 @@ def _print_losses(console: Console, arm: str, evaluation: dict[str, Any]) -> Non
     generated = evaluation["overall"]["answered"] > 0
     columns = ["domain", "rows", "tokens", "loss", "95 %", *(["exact", "95 %"] * generated)]
     table = Table(*columns, title=f"Held-out loss, nats per token: {arm}")
-    for name, score in [("all", evaluation["overall"]), *evaluation["by_domain"].items()]:
+    for name, score in [("all rows", evaluation["overall"]), *evaluation["by_domain"].items()]:
         cells = [name, str(score["rows"]), str(score["tokens"]), f"{score['nll']:.4f}"]
         cells.append(_interval(score["nll_interval"], ".4f"))
         if generated:
@@ -50,7 +50,7 @@ def _print_comparison(console: Console, comparison: dict[str, Any], against: str
         if whole is None:
             continue
         name = "loss" if measure == "nll" else "exact"
-        for domain, one in [("all", whole), *comparison[f"{measure}_by_domain"].items()]:
+        for domain, one in [("all rows", whole), *comparison[f"{measure}_by_domain"].items()]:
             value, interval = format(one["value"], unit), _interval(one["interval"], unit)
             table.add_row(domain, name, value, interval, f"{one['p']:.4f}")
     console.print(table)
@@ -60,7 +60,7 @@ def _print_forgetting(console: Console, arm: str, forgetting: dict[str, Any]) ->
     table = Table("domain", "off", "on", "rise", "95 %", "p")
     table.title = f"Loss on the base's own text, nats per token: {arm}"
     off, on, change = forgetting["off"], forgetting["on"], forgetting["change"]
-    lines = [("all", off["overall"], on["overall"], change["nll"])]
+    lines = [("all rows", off["overall"], on["overall"], change["nll"])]
     lines += [
         (name, off["by_domain"][name], on["by_domain"][name], one)
         for name, one in change["nll_by_domain"].items()

@@ -60,7 +60,7 @@ def collect(
         batch_size: texts of a forward. A batch has texts of all domains, see `spread`.
         permutations: of the texts' domains, >= 1; p values are at least 1 / (permutations + 1).
         bootstrap: resamples of the texts, >= 1.
-        shown: coloured texts per domain, >= 0.
+        shown: coloured texts per domain, >= 0; at most 48 in all.
         seed: of everything that is random.
         training_log: a trainer_state.json or a folder that holds one; None: no training is shown.
         title: name of the report; None: the name of the adapter.
@@ -73,7 +73,7 @@ def collect(
     """
     start = time.perf_counter()
     check_texts(texts)
-    _check_numbers(
+    check_numbers(
         {"max_length": (max_length, 2), "shown": (shown, 0)}
         | {"batch_size": (batch_size, 1), "permutations": (permutations, 1)}
         | {"bootstrap": (bootstrap, 1)}
@@ -103,6 +103,7 @@ def collect(
         domains=names,
         texts_per_domain=per_domain,
         tokens=sum(len(text.ids) for text in tokenized),
+        cut=sum(text.cut for text in tokenized),
         verdicts=verdicts(layers, arms, per_domain, permutations, causal=causal),
         arms=arms,
         layers=layers,
@@ -139,8 +140,15 @@ def check_model(model: nn.Module, adapter: str | None) -> tuple[PeftModel, str]:
     return model, name
 
 
-def _check_numbers(numbers: Mapping[str, tuple[int, int]]) -> None:
+def check_numbers(numbers: Mapping[str, tuple[Any, int]]) -> None:
+    """Check options, given as name -> (value, least).
+
+    Raises:
+        ConfigError: one is no whole number, or too small.
+    """
     for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}")
         if value < least:
             raise ConfigError(f"{name}={value} must be at least {least}")
 

@@ -145,6 +145,7 @@ class ReportData:
         domains: names, [D].
         texts_per_domain: how many held-out texts, [D].
         tokens: how many tokens were measured.
+        cut: how many texts were longer than `max_length` tokens.
         verdicts: the tiles, in order.
         arms: the ways of routing, `learned` first.
         layers: the routers, in the order they run in.
@@ -169,6 +170,7 @@ class ReportData:
     training: list[TrainingPoint] = field(default_factory=list)
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    cut: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists and dicts, every number included."""

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Sequence
 
 from moeadapt.report.data import ReportData
-from moeadapt.report.palette import COLORS
+from moeadapt.report.palette import COLORS, MOST_DOMAINS
 from moeadapt.report.panels import Panel
 from moeadapt.report.templating import environment, source
 from moeadapt.report.wording import number, showable
@@ -30,10 +30,8 @@ def page(data: ReportData, panels: Sequence[Panel]) -> str:
     facts = {
         **data.settings,
         "tokens": number(data.tokens, 0),
-        "texts": ", ".join(
-            f"{name} {count}"
-            for name, count in zip(data.domains, data.texts_per_domain, strict=True)
-        ),
+        "texts": _texts(data),
+        "cut": f"{data.cut} of the texts, to the tokens that were asked for" if data.cut else "",
     }
     html = (
         environment()
@@ -52,6 +50,14 @@ def page(data: ReportData, panels: Sequence[Panel]) -> str:
         )
     )
     return showable(html)
+
+
+def _texts(data: ReportData) -> str:
+    """Say how many texts each domain has."""
+    each = list(zip(data.domains, data.texts_per_domain, strict=True))
+    said = ", ".join(f"{name} {count}" for name, count in each[:MOST_DOMAINS])
+    rest = each[MOST_DOMAINS:]
+    return said + (f", and {sum(n for _, n in rest)} of {len(rest)} more" if rest else "")
 
 
 def _policy(style: str, script: str) -> str:

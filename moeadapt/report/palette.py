@@ -13,6 +13,9 @@ from moeadapt.report.wording import Number
 MOST_EXPERTS = 8
 """Experts with a colour of their own."""
 
+MOST_DOMAINS = 24
+"""Domains that a page names; the JSON file has all."""
+
 COLORS = (
     "#e69f00",
     "#56b4e9",

@@ -9,7 +9,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from moeadapt.report.wording import showable, without_nan
+from moeadapt.report.wording import rounded, showable
 
 INK = "#1b1f24"
 """Text colour of the files; on the page it is that of the text around."""
@@ -75,7 +75,7 @@ def chart_picture(chart: Any, name: str, alt_text: str, tables: Tables, title: s
     """
     spec = _configured(chart).to_dict(validate=False)
     # Rows are added here since Altair copies what it is given, cell by cell, many times.
-    spec["datasets"] = {key: without_nan(rows) for key, rows in tables.items()}
+    spec["datasets"] = {key: rounded(rows) for key, rows in tables.items()}
     text = json.dumps(spec, ensure_ascii=False)
     svg = vl_convert.vegalite_to_svg(showable(text))
     svg = TAG.sub(lambda tag: ROLE.sub("", LONG_NUMBER.sub(r"\1", tag[0])), showable(svg))

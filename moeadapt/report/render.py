@@ -7,7 +7,7 @@ from pathlib import Path
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.report.data import ReportData
 from moeadapt.report.output import check_out, write_files
-from moeadapt.report.wording import without_nan
+from moeadapt.report.wording import rounded
 
 NEEDS = ("altair", "jinja2", "vl_convert")
 ENDINGS = (".svg", ".png")
@@ -71,5 +71,5 @@ def render(data: ReportData, out: Path) -> list[Path]:
 
 
 def numbers(data: ReportData) -> str:
-    """Return the JSON file: every number, null for what is none."""
-    return json.dumps(without_nan(data.to_json()), indent=1, allow_nan=False) + "\n"
+    """Return the JSON file: every number with six digits, null for what is none."""
+    return json.dumps(rounded(data.to_json()), allow_nan=False, separators=(",", ":")) + "\n"

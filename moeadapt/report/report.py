@@ -11,6 +11,7 @@ from torch import nn
 from moeadapt.errors import ConfigError
 from moeadapt.report.collect import check_model, collect
 from moeadapt.report.data import ReportData
+from moeadapt.report.output import check_out as check_free
 from moeadapt.report.texts import check_texts
 
 
@@ -117,7 +118,8 @@ def check_out(out: str | Path) -> Path:
     """Return the absolute path of the page to write.
 
     Raises:
-        ConfigError: it is no `.html` file, is a folder, lies in a file, or cannot be written.
+        ConfigError: it is no `.html` file, is a folder, lies in a file, cannot be written, or
+            something else than a report is there, see `output.check_out`.
     """
     path = Path(os.path.abspath(out))
     if path.suffix != ".html":
@@ -129,4 +131,5 @@ def check_out(out: str | Path) -> Path:
         raise ConfigError(f"{out} lies in {above}, which is a file; name a place in a folder")
     if not os.access(above, os.W_OK):
         raise ConfigError(f"{above} cannot be written; name another folder")
+    check_free(path)
     return path

@@ -23,11 +23,13 @@ class TokenizedText:
         domain: index of its domain.
         text: as it was given.
         ids: its tokens, never empty.
+        cut: whether it has more.
     """
 
     domain: int
     text: str
     ids: list[int]
+    cut: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +95,16 @@ def tokenize(
     found = []
     for number, (domain, own) in enumerate(texts.items()):
         for i, text in enumerate(own):
-            ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+            ids = _ids(tokenizer, text, max_length)
             if not ids:
                 raise ConfigError(f"text {i} of domain {domain!r} has no tokens; leave it out")
-            found.append(TokenizedText(domain=number, text=text, ids=list(ids)))
+            cut = len(ids) >= max_length and len(_ids(tokenizer, text, max_length + 1)) > len(ids)
+            found.append(TokenizedText(domain=number, text=text, ids=list(ids), cut=cut))
     return found
+
+
+def _ids(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    return tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
 
 
 def spread(texts: Sequence[TokenizedText]) -> list[int]:

@@ -27,6 +27,9 @@ share. Without regard to the experts per token, top-2 of 4 would be called balan
 that nobody uses.
 """
 
+SOFT = 0.01
+"""Experts that a token may leave unused on average, where its router is called soft."""
+
 LEVEL = 0.05
 """Probability under chance, up to which a layer's dependence on domains counts."""
 
@@ -82,9 +85,10 @@ def verdicts(
 def balanced(layers: Sequence[Layer]) -> Verdict:
     """Say whether every layer's load is even enough; the worst layer decides."""
     order = [YES, UNCLEAR, NO]
-    worst = max(layers, key=lambda one: (order.index(_balance(one)), one.max_over_mean))
-    answer = _balance(worst)
-    said = f"The busiest expert of {worst.name} gets {worst.max_over_mean:.2f} times an even share"
+    worst = max(layers, key=lambda one: (order.index(_balance(one)), _busiest(one)))
+    answer, times = _balance(worst), _busiest(worst)
+    of = "of the probability, since every token uses every expert" if is_soft(worst) else ""
+    said = f"The busiest expert of {worst.name} gets {times:.2f} times an even share {of}".rstrip()
     limit = {
         YES: f"up to {BALANCED_MAX:g} times is balanced",
         UNCLEAR: f"balanced is up to {BALANCED_MAX:g} times, unbalanced {_limit(worst):.2f} times",
@@ -93,23 +97,39 @@ def balanced(layers: Sequence[Layer]) -> Verdict:
     return Verdict(
         name="balanced",
         answer=answer,
-        value=worst.max_over_mean,
+        value=times,
         unit="times an even share",
         reason=f"{said}; {limit}.",
     )
 
 
+def is_soft(layer: Layer) -> bool:
+    """Return whether every token uses every expert: then the load is even whatever happens."""
+    return layer.active > len(layer.load) - SOFT and sum(layer.importance) > 0
+
+
+def _shares(layer: Layer) -> list[float]:
+    """Return what each expert gets [E], summing to one: of the slots, or of the probability."""
+    if not is_soft(layer):
+        return layer.load
+    return [one / sum(layer.importance) for one in layer.importance]
+
+
+def _busiest(layer: Layer) -> float:
+    return max(_shares(layer)) * len(layer.load)
+
+
 def _limit(layer: Layer) -> float:
     """Return the multiple of an even share from which the layer is unbalanced."""
-    collapse = len(layer.load) / max(layer.active, 1.0)
+    collapse = len(layer.load) / (1.0 if is_soft(layer) else max(layer.active, 1.0))
     return min(1 + COLLAPSE_SHARE * (collapse - 1), UNBALANCED)
 
 
 def _balance(layer: Layer) -> str:
-    # Where every token uses every expert no load can be uneven.
-    if _limit(layer) > 1 and layer.max_over_mean >= _limit(layer):
+    # One expert alone cannot be uneven.
+    if _limit(layer) > 1 and _busiest(layer) >= _limit(layer):
         return NO
-    return YES if layer.max_over_mean <= BALANCED_MAX else UNCLEAR
+    return YES if _busiest(layer) <= BALANCED_MAX else UNCLEAR
 
 
 def specialised(
@@ -138,7 +158,8 @@ def specialised(
             f"In {sum(depend)} of {len(depend)} layers the main expert of a token tells at least "
             f"{LEAST_BITS:g} bit more about its domain than chance does, with p <= {LEVEL:g}; in "
             f"{sum(alike)} the texts show that it tells less. Yes is more than half of the layers "
-            "with the first, no is all of them with the second."
+            "with the first, no is all of them with the second. Words alone can do this, even with "
+            "an untrained router: whether it pays is the last answer."
         )
     return Verdict(
         name="specialised", answer=answer, value=share, unit="share of layers", reason=reason
@@ -166,7 +187,7 @@ def smallest_p(texts_per_domain: Sequence[int]) -> float:
 
 def used(layers: Sequence[Layer]) -> Verdict:
     """Say whether nearly all experts have work, over all layers."""
-    each = [load * len(one.load) >= USED_SHARE for one in layers for load in one.load]
+    each = [own * len(one.load) >= USED_SHARE for one in layers for own in _shares(one)]
     share = sum(each) / len(each)
     return Verdict(
         name="used",

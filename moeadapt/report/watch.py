@@ -20,6 +20,9 @@ from moeadapt.routing import Routing
 from moeadapt.tuner.inspect import collect_routing
 from moeadapt.tuner.probe import call
 
+SHOWN_TEXTS = 48
+"""Coloured texts of a report at most; they are most of its bytes."""
+
 SHOWN_TOKENS = 128
 """Tokens of a coloured text that are shown, from its start."""
 
@@ -116,8 +119,8 @@ def _count(
 
 
 def shown_texts(texts: Sequence[TokenizedText], shown: int) -> list[int]:
-    """Return the first `shown` texts of each domain."""
+    """Return the first `shown` texts of each domain, of the first domains if there are many."""
     own: dict[int, list[int]] = {}
     for i, text in enumerate(texts):
         own.setdefault(text.domain, []).append(i)
-    return [i for every in own.values() for i in every[:shown]]
+    return [i for every in own.values() for i in every[:shown]][:SHOWN_TEXTS]

@@ -53,14 +53,19 @@ def interval(low: Number, high: Number, digits: int = 3, sign: bool = False) -> 
     return f"{number(low, digits, sign)} to {number(high, digits, sign)}"
 
 
-def without_nan(value: Any) -> Any:
-    """Return lists and dicts with None for what JSON cannot hold: NaN and the infinities."""
+def rounded(value: Any) -> Any:
+    """Return lists and dicts with six digits of each number, and None where JSON has no number.
+
+    Example:
+        >>> rounded({"nll": 2.123456789, "p": [float("nan"), 3]})
+        {'nll': 2.12346, 'p': [None, 3]}
+    """
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return float(f"{value:.6g}") if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [without_nan(item) for item in value]
+        return [rounded(item) for item in value]
     return value
 
 

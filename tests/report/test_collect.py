@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import moeadapt
 from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.report import watch
-from moeadapt.report.collect import collect
+from moeadapt.report.collect import check_numbers, collect
 from moeadapt.report.counts import main_experts
 from tests.report.mixtures import FEW, TOKENIZER, mixture, sayings, two_domains, words_of
 from tests.tiny import adapt, moe_config, tiny
@@ -176,13 +176,15 @@ def test_long_texts_are_cut_and_only_their_start_is_shown(model, monkeypatch):
     monkeypatch.setattr(watch, "SHOWN_TOKENS", 3)
     monkeypatch.setattr("moeadapt.report.collect.SHOWN_TOKENS", 3)
     found = collect(model, TOKENIZER, {"a": [" ".join(WORDS)]}, max_length=9, shown=1, **FEW)
-    assert found.tokens == 9
+    assert (found.tokens, found.cut) == (9, 1)
     assert found.texts[0].tokens == ["w0", " w1", " w2"]
     assert {len(layer) for layer in found.texts[0].experts} == {3}
     # The model has 64 positions.
     found = collect(model, TOKENIZER, {"a": [" ".join(WORDS)]}, shown=0, **FEW)
     assert found.tokens == 64
     assert found.texts == []
+    exact = collect(model, TOKENIZER, {"a": ["w1 w2 w3"]}, max_length=3, shown=0, **FEW)
+    assert (exact.tokens, exact.cut) == (3, 0)
 
 
 def test_one_domain_and_one_text_are_enough(model):
@@ -314,6 +316,12 @@ def test_experts_that_learned_their_own_tokens_are_worth_it():
 def test_wrong_options_are_refused(model, options, message):
     with pytest.raises(ConfigError, match=message):
         collect(model, TOKENIZER, TEXTS, **options)
+
+
+@pytest.mark.parametrize("value", [2.5, "9", True])
+def test_an_option_that_is_no_whole_number_is_refused(value):
+    with pytest.raises(ConfigError, match="must be a whole number"):
+        check_numbers({"batch_size": (value, 1)})
 
 
 def test_models_without_a_mixture_are_refused(model):

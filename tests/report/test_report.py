@@ -57,11 +57,13 @@ def test_a_report_is_measured_and_drawn(model, drawn, tmp_path):
         ("page.txt", "must end in .html"),
         ("folder.html", "is a folder"),
         ("file/page.html", "which is a file"),
+        ("mine.html", "is no report of moeadapt"),
     ],
 )
 def test_a_wrong_place_is_refused_before_anything_is_measured(model, drawn, tmp_path, out, message):
     (tmp_path / "folder.html").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "mine.html").write_text("my own page")
     with pytest.raises(ConfigError, match=message):
         moeadapt.report(model, TOKENIZER, two_domains(3), tmp_path / out)
     assert not drawn

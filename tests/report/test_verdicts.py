@@ -8,8 +8,14 @@ from moeadapt.report.data import Arm, Layer
 from moeadapt.report.verdicts import balanced, smallest_p, specialised, used, verdicts, worth_it
 
 
-def layer(load=(0.25,) * 4, active=1.0, bits=0.0, null=0.0, p=1.0, high=None):
-    rest = {"importance": [], "cv": 0.0, "effective_experts": 0.0, "entropy": 0.0, "lift": []}
+def layer(load=(0.25,) * 4, active=1.0, bits=0.0, null=0.0, p=1.0, high=None, importance=()):
+    rest = {
+        "importance": list(importance),
+        "cv": 0.0,
+        "effective_experts": 0.0,
+        "entropy": 0.0,
+        "lift": [],
+    }
     more = {"p_value": [], "similarity": None, "coactivation": []}
     return Layer(
         name="layer",
@@ -63,6 +69,22 @@ def test_the_worst_layer_decides_about_balance():
     for order in itertools.permutations([fine, bad, layer()]):
         found = balanced(list(order))
         assert (found.answer, found.value) == ("no", 2.0)
+
+
+@pytest.mark.parametrize(
+    ("importance", "balance", "use"),
+    [
+        ((0.25,) * 4, "yes", "yes"),
+        ((0.97, 0.01, 0.01, 0.01), "no", "no"),
+        # With null experts the probabilities of the rest sum to less than one.
+        ((0.1,) * 4, "yes", "yes"),
+    ],
+)
+def test_a_soft_router_is_judged_by_its_probabilities(importance, balance, use):
+    """Every expert is in every token's slots, so the load says nothing."""
+    soft = [layer(active=4.0, importance=importance)]
+    assert (balanced(soft).answer, used(soft).answer) == (balance, use)
+    assert "of the probability" in balanced(soft).reason
 
 
 DEPENDS = {"bits": 0.2, "null": 0.1, "p": 0.01}

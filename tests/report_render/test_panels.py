@@ -8,7 +8,8 @@ import pytest
 
 from moeadapt.report.adjust import adjusted
 from moeadapt.report.data import TrainingPoint
-from moeadapt.report.palette import ShownExperts, short_names, shown_experts, spread
+from moeadapt.report.page import _texts
+from moeadapt.report.palette import MOST_DOMAINS, ShownExperts, short_names, shown_experts, spread
 from moeadapt.report.panels import texts
 from moeadapt.report.panels.domains import domains_panel
 from moeadapt.report.panels.experts import experts_panel
@@ -102,6 +103,19 @@ def test_line_separators_in_a_domains_name_do_not_stop_the_charts():
     data = sample(layers=1, domains=["a\u2028b", "c\u2029d"])
     for picture in domains_panel(data).pictures:
         assert not {"\u2028", "\u2029"} & set(picture.svg)
+
+
+def test_many_domains_are_cut_to_those_with_the_most_texts():
+    domains = [f"domain {i}" for i in range(60)]
+    data = dataclasses.replace(
+        sample(layers=1, domains=domains), texts_per_domain=[2] * 30 + [9] * 5 + [2] * 25
+    )
+    panel = domains_panel(data)
+    assert any(f"the {MOST_DOMAINS} of 60 domains" in note for note in panel.notes)
+    assert f"Lift of {MOST_DOMAINS} domains" in panel.pictures[0].alt
+    assert all(f"domain {i}<" in panel.pictures[0].svg for i in [0, *range(30, 35)])
+    assert "domain 40<" not in panel.pictures[0].svg
+    assert "of 36 more" in _texts(data)
 
 
 def test_hollow_marks_are_those_that_could_be_chance():

@@ -7,7 +7,16 @@ import altair as alt
 
 from moeadapt.report.adjust import adjusted
 from moeadapt.report.data import Layer, ReportData
-from moeadapt.report.palette import ACCENT, HIGH, LOW, OTHER, short_names, shown_experts, spread
+from moeadapt.report.palette import (
+    ACCENT,
+    HIGH,
+    LOW,
+    MOST_DOMAINS,
+    OTHER,
+    short_names,
+    shown_experts,
+    spread,
+)
 from moeadapt.report.panels.base import Panel
 from moeadapt.report.picture import Picture, chart_picture, table
 from moeadapt.report.wording import number
@@ -31,6 +40,10 @@ def domains_panel(data: ReportData) -> Panel:
         notes.append("Domains were not compared: that takes texts of at least two.")
     else:
         notes += [shown_experts(data).note] if shown_experts(data).has_other else []
+        if len(data.domains) > MOST_DOMAINS:
+            notes.append(
+                f"Lift: the {MOST_DOMAINS} of {len(data.domains)} domains with the most texts."
+            )
         if len(data.layers) > MOST_LAYERS:
             notes.append(
                 f"Lift: {MOST_LAYERS} of {len(data.layers)} layers, spread over the depth."
@@ -55,6 +68,7 @@ def _lift(data: ReportData) -> Picture:
     shown = shown_experts(data)
     experts = shown.indices
     sure = _sure(data)
+    domains = _domains(data)
     cells = [
         {
             "layer": f"layer {labels[index]}",
@@ -65,10 +79,10 @@ def _lift(data: ReportData) -> Picture:
             "sure": (index, row, expert) in sure,
         }
         for index in layers
-        for row, name in enumerate(data.domains)
+        for row, name in domains
         for expert in shown.within(len(data.layers[index].load))
     ]
-    base = _lift_marks([str(expert) for expert in experts], data.domains)
+    base = _lift_marks([str(expert) for expert in experts], [name for _, name in domains])
     marks = alt.layer(
         base.transform_filter("datum.sure").mark_point(filled=True, opacity=1, strokeWidth=1.6),
         base.transform_filter("!datum.sure").mark_point(filled=False, opacity=1, strokeWidth=1.6),
@@ -84,11 +98,17 @@ def _lift(data: ReportData) -> Picture:
     best = max(cells, key=lambda cell: cell["log"])
     filled = sum(cell["sure"] for cell in cells)
     sentence = (
-        f"Lift of {len(data.domains)} domains on {len(experts)} experts in {len(layers)} layers. "
+        f"Lift of {len(domains)} domains on {len(experts)} experts in {len(layers)} layers. "
         f"The largest is {number(2 ** best['log'])} times, {best['domain']} on expert "
         f"{best['expert']} in {best['layer']}; {filled} of {len(cells)} are unlikely by chance."
     )
     return chart_picture(chart, "lift", sentence, {"rows": cells}, title="Lift by layer")
+
+
+def _domains(data: ReportData) -> list[tuple[int, str]]:
+    """Return the domains that are shown, by their place among all."""
+    order = sorted(range(len(data.domains)), key=lambda row: -data.texts_per_domain[row])
+    return [(row, data.domains[row]) for row in sorted(order[:MOST_DOMAINS])]
 
 
 def _sure(data: ReportData) -> set[tuple[int, int, int]]:

@@ -15,7 +15,7 @@ from moeadapt.report.wording import Number, number, showable
 
 LONGEST_CHAIN, MOST_PAIRS = 8, 5
 HEIGHT, GAP, BAR, TOP = 300.0, 3.0, 12.0, 44.0
-WIDTH, LEFT, RIGHT, WIDEST = 960.0, 15.0, 50.0, 240.0
+WIDTH, LEFT, RIGHT, WIDEST = 960.0, 40.0, 50.0, 240.0
 CLEAR, FAINT = 0.4, 0.18
 """Opacity of ribbons of an expert, and of the grey group."""
 

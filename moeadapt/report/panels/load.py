@@ -17,6 +17,7 @@ from moeadapt.report.palette import (
 )
 from moeadapt.report.panels.base import Panel
 from moeadapt.report.picture import Picture, chart_picture, table
+from moeadapt.report.verdicts import is_soft
 from moeadapt.report.wording import Number, finite, number
 
 MOST_LAYERS, FEW_LAYERS, MOST_COLUMNS = 48, 12, 64
@@ -46,6 +47,11 @@ def load_panel(data: ReportData) -> Panel:
     else:
         balanced = "1/E"
         notes.append(f"E is the number of experts of the layer, at most {data.num_experts}.")
+    if any(is_soft(layer) for layer in data.layers):
+        notes.append(
+            "Where every token uses every expert the load is even whatever the router does; the "
+            "tiles judge its mean probabilities, which are in the table as importance."
+        )
     return Panel(
         key="load",
         title="Load of experts",
