@@ -115,7 +115,7 @@ def worlds(rows: list[Row]) -> list[str]:
         "## Two worlds with a known optimum",
         "",
         f"`python -m benchmarks.evidence.two_worlds --seeds {rows[0]['seeds']} --steps "
-        f"{rows[0]['steps']} --rates 3e-3 1e-2 3e-2`. Error over the mean square of the outputs, ± "
+        f"{rows[0]['steps']}`. Error over the mean square of the outputs, ± "
         f"standard error over {rows[0]['seeds']} seeds, {rows[0]['steps']} steps of 256 samples; "
         "the learning rate is swept for every arm.",
         where(rows[0]),
