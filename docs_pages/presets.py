@@ -19,7 +19,8 @@ MoeLoraConfig.preset("mixlora", num_experts=4, router={"k": 1})
 ```
 
 In a recipe it is `moe: {preset: mixlora}`. Where a paper leaves a number open, the one of the
-authors' code is taken. Coefficients are for our normalisation of the [balance losses](balance.md)."""
+authors' code is taken. Coefficients are for our normalisation of the
+[balance losses](balance.md)."""
 
 
 def page() -> str:

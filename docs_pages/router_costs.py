@@ -15,8 +15,9 @@ def section() -> Iterator[str]:
     yield from ["## What they cost", ""]
     yield (
         "The embedded 135M model, 8 experts, one routing per block, by "
-        "`python benchmarks/routers.py`. `step` is the time of a training step over that with `top_k`, `k=2`, in turns. Experts "
-        f"are those in use per token. Measured on {'; '.join(places)}."
+        "`python benchmarks/routers.py`. `step` is the time of a training step over that with "
+        "`top_k`, `k=2`, in turns. Experts are those in use per token. "
+        f" Measured on {'; '.join(places)}."
     )
     if not any(row["held_out_nll"] for row in rows):
         yield "Which router learns better is not in this table: nothing was trained for it."
