@@ -27,5 +27,5 @@ def cell(text: str) -> str:
 
 
 def settings(fields: dict) -> str:
-    """Return fields as one line of code each, for a table cell."""
-    return "<br>".join(f"`{name}={value!r}`" for name, value in fields.items())
+    """Return fields as code, for a table cell."""
+    return ", ".join(f"`{name}={value!r}`" for name, value in fields.items())

@@ -35,7 +35,8 @@ def page() -> str:
 
 
 def _lines() -> Iterator[str]:
-    yield from ["# Paper index", "", note("the docstrings and moeadapt/presets.py"), "", INTRO, ""]
+    yield from ["---", "hide:", "  - toc", "---", "", "# Paper index", ""]
+    yield from [note("the docstrings and moeadapt/presets.py"), "", INTRO, ""]
     yield from ["## Published methods", ""]
     yield from _table(_preset_rows())
     for family in FAMILIES:
