@@ -13,7 +13,7 @@ help:
 	@echo "make install  only set up .venv"
 	@echo "make slow     the tests that download or take long"
 	@echo "make format   fix what the linter can fix"
-	@echo "make docs     write the tables of docs/ from the code"
+	@echo "make docs     write the generated pages of docs/, and build the site into site/"
 
 install: $(STAMP)
 
@@ -56,6 +56,9 @@ docs: install
 	mv docs/methods.md.new docs/methods.md
 	$(BIN)/moeadapt methods --combinations > docs/combinations.md.new
 	mv docs/combinations.md.new docs/combinations.md
+	$(BIN)/python -m docs_pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "open site/index.html"
 
 slow: install
 	$(BIN)/python -m pytest -m "slow or network or trajectory"

@@ -77,7 +77,7 @@ def describe(kind: str, name: str, entry: Any) -> Method:
         # Not inspect.getdoc: a class without a docstring must not inherit one.
         line = _first_line(entry.__dict__.get("__doc__"))
         where = entry.__module__
-        source = _source_of(sys.modules[where].__doc__)
+        source = source_of(sys.modules[where].__doc__)
         differs = ""
     for what, text in (("a first docstring line", line), ("a 'Source:' paragraph", source)):
         if not text:
@@ -95,7 +95,8 @@ def _first_line(doc: str | None) -> str:
     return inspect.cleandoc(doc or "").partition("\n")[0]
 
 
-def _source_of(doc: str | None) -> str:
+def source_of(doc: str | None) -> str:
+    """Return the `Source:` paragraph of a module's docstring on one line; empty if it has none."""
     found = re.search(r"^Source: (.+?)(?:\n\n|\Z)", inspect.cleandoc(doc or ""), re.DOTALL | re.M)
     return " ".join(found.group(1).split()) if found else ""
 

@@ -5,16 +5,73 @@ from types import ModuleType
 
 import pytest
 
+from docs_pages.__main__ import pages as generated_pages
+from docs_pages.families import FAMILIES
+from docs_pages.options import own_options, table
+from docs_pages.papers import split_source
 from moeadapt import BALANCE, EXPERTS, PRESETS, ROUTERS, catalogue
 from moeadapt.errors import ConfigError
+from moeadapt.export.targets import EXPORTERS
 from moeadapt.presets import Preset
+from moeadapt.registry import ComponentConfig
 from moeadapt.routers.base import RouterConfig
 
-PAGE = Path(__file__).parents[1] / "docs/methods.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "methods.md"
 
 
 def test_the_committed_page_is_up_to_date():
     assert PAGE.read_text() == catalogue.markdown(), "run `make docs`"
+
+
+GENERATED = generated_pages()
+
+
+@pytest.mark.parametrize("name", sorted(GENERATED))
+def test_a_generated_page_is_up_to_date(name):
+    assert (DOCS / name).read_text() == GENERATED[name], "run `make docs`"
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.kind)
+def test_a_family_page_has_every_entry_with_every_option(family):
+    sections = GENERATED[f"families/{family.page}"].split("\n## ")
+    for name, cls in family.registry.items():
+        (section,) = [text for text in sections if text.startswith(f"`{name}`")]
+        assert "**Source.**" in section
+        common = own_options(family.common) if family.common else []
+        for option in cls.model_fields:
+            if option not in common:
+                assert f"| `{option}` |" in section
+
+
+def test_presets_and_exporters_have_a_section_each():
+    for name in PRESETS:
+        assert f"\n## `{name}`\n" in GENERATED["families/presets.md"]
+    for name in EXPORTERS:
+        assert f"\n## `{name}`\n" in GENERATED["families/exporters.md"]
+
+
+def test_an_option_that_is_described_nowhere_is_refused():
+    class Undescribed(ComponentConfig):
+        """A line."""
+
+        width: int = 3
+
+    with pytest.raises(ConfigError, match="option 'width' of .*Undescribed is described nowhere"):
+        list(table(Undescribed, ["width"]))
+
+
+@pytest.mark.parametrize(
+    ("source", "cut"),
+    [
+        ("A et al. 2020, https://x.org/1, eq. 2-3. We differ.", "We differ."),
+        ("A 2020, https://x.org/1 (see b. and c. there). More. Still more.", "More. Still more."),
+        ('A 1991, "Title", eq. 1.3', ""),
+        ("ours alone", ""),
+    ],
+)
+def test_the_paper_index_cuts_a_source_after_its_citations(source, cut):
+    assert split_source(source)[1] == cut
 
 
 def test_every_entry_has_a_row():

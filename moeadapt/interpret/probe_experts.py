@@ -23,7 +23,7 @@ class ProbedExperts:
     Attributes:
         domains: names [D], sorted.
         experts: the experts that were probed [E].
-        alone: loss of each expert alone on each domain [E][D].
+        alone: loss of each expert alone on each domain [E, D].
         learned: loss of the learned routing on each domain [D].
     """
 
