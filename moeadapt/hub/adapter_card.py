@@ -4,9 +4,10 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from moeadapt.hub.markdown import code, table, text
 from moeadapt.hub.parcel import Parcel
 from moeadapt.hub.results import arms_table, evaluation_tables
+from moeadapt.model_card.first_lines import first_lines
+from moeadapt.model_card.markdown import code, table, text
 
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
@@ -37,12 +38,7 @@ def adapter_part(parcel: Parcel, repo_id: str, revision: str | None) -> str:
 def _sections(parcel: Parcel, repo_id: str, revision: str | None) -> Iterator[str]:
     facts = parcel.facts
     yield f"# {text(repo_id.partition('/')[2])}"
-    yield code("bash", "pip install moeadapt")
-    yield code("python", *_load(parcel, repo_id, revision))
-    yield (
-        "`import moeadapt` makes PEFT and transformers know the method; without it every loader "
-        "stops with `KeyError: 'MOEADAPT'`."
-    )
+    yield from first_lines(*_load(parcel, repo_id, revision))
     yield "## What it is"
     yield (
         f"A mixture of LoRA experts on `{parcel.base_model}`, trained with moeadapt "
@@ -63,7 +59,6 @@ def _sections(parcel: Parcel, repo_id: str, revision: str | None) -> Iterator[st
 def _load(parcel: Parcel, repo_id: str, revision: str | None) -> Iterator[str]:
     pin = f', revision="{revision}"' if revision else ""
     kind = LOADERS.get(str(parcel.facts.get("task_type")))
-    yield "import moeadapt"
     if (parcel.place or "").startswith("embedded:"):
         yield "from moeadapt.embedded import resolve_model"
         yield "from peft import PeftModel"

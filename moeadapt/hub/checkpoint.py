@@ -51,9 +51,22 @@ def checkpoint_parcel(folder: Path, base_model: str | None = None) -> Parcel:
         parcel.add_binary(name, folder)
     for name in (CONFIG, RECEIPT, *([INDEX] if exists(folder, INDEX) else [])):
         parcel.add_text(name, folder)
+    parcel.files[RECEIPT] = _receipt(parcel.files[RECEIPT])
     parcel.add_companions("generation_config.json")
     parcel.facts = {"receipt": receipt, "model_type": config.get("model_type")}
     return parcel
+
+
+def _receipt(content: bytes | Path) -> bytes:
+    """Return the receipt with the names of local sources in place of their paths."""
+    assert isinstance(content, bytes)
+    receipt = json.loads(content)
+    settings = receipt["settings"]
+    if isinstance(settings.get("sources"), list):
+        settings["sources"] = [
+            Path(source).name if is_path(source) else source for source in settings["sources"]
+        ]
+    return (json.dumps(receipt, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _json(folder: Path, name: str) -> dict[str, Any]:

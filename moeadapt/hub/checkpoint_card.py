@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from moeadapt.export.receipt import Receipt
-from moeadapt.hub.markdown import code, table, text
 from moeadapt.hub.parcel import Parcel
+from moeadapt.model_card.markdown import code, table, text
 
 WAYS = {"export": "a trained mixture of LoRA experts", "upcycle": "copies of a dense model's FFNs"}
 

@@ -17,7 +17,6 @@ from moeadapt.export.receipt import RECEIPT
 from moeadapt.hub import adapter_card, checkpoint_card
 from moeadapt.hub.adapter import adapter_parcel, seal
 from moeadapt.hub.attachments import add_recipe, add_report
-from moeadapt.hub.card import make_card, own_text, read_card
 from moeadapt.hub.checkpoint import checkpoint_parcel
 from moeadapt.hub.client import Remote, RemoteState
 from moeadapt.hub.names import check_datasets, check_license, check_repo_id, check_revision
@@ -26,6 +25,7 @@ from moeadapt.hub.private import check_private
 from moeadapt.hub.remote_kind import check_kind, stale_files
 from moeadapt.hub.results import read_results
 from moeadapt.hub.source import saved_model
+from moeadapt.model_card.merge import make_card, own_text, read_card
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moeadapt.errors import ConfigError
-from moeadapt.hub.markdown import table
+from moeadapt.model_card.markdown import table
 
 MAX_BYTES = 64 << 20
 

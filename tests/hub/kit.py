@@ -2,8 +2,10 @@
 
 import atexit
 import json
+import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -11,9 +13,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import huggingface_hub
 import transformers.utils.hub
 from huggingface_hub import constants, hf_api
+from huggingface_hub.utils import _http
 
 from moeadapt.hub.push import PushResult, push
 from tests.hub.loopback import Loopback
@@ -45,17 +47,15 @@ def connected(home: Path, token: str | None = None) -> Iterator[Loopback]:
             "HF_HUB_DISABLE_XET": True,
             "HF_HUB_OFFLINE": False,
         }
-        from os import environ
-
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_OFFLINE"):
-            environ.pop(name, None)
+            os.environ.pop(name, None)
         if token:
-            environ["HF_TOKEN"] = token
+            os.environ["HF_TOKEN"] = token
         with (
             mock.patch.multiple(constants, **names),
             mock.patch.object(hf_api.api, "endpoint", hub.url),
             mock.patch.object(transformers.utils.hub, "_hf_api", None),
-            mock.patch.object(huggingface_hub.utils._http.time, "sleep", lambda seconds: None),
+            mock.patch.object(_http, "time", mock.Mock(wraps=time, sleep=mock.Mock())),
         ):
             yield hub
 

@@ -7,6 +7,7 @@ Routes by name: info, create, branch, validate, preupload, batch, upload, commit
 whoami. Each is one function of `routes`; a request that none knows is noted in `unknown`.
 """
 
+import socket
 import threading
 import time
 from dataclasses import dataclass, field
@@ -122,9 +123,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None:
             time.sleep(fault.delay)
             if fault.cut:
-                self.rfile.read(length // 2 or 1)
+                self.rfile.read(1 if "transfer-encoding" in headers else length // 2)
                 self.close_connection = True
-                self.connection.close()
+                self.connection.shutdown(socket.SHUT_RDWR)
                 return
         body = self._chunks() if "transfer-encoding" in headers else self.rfile.read(length)
         if fault is not None and fault.status is not None:

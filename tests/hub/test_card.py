@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from moeadapt.errors import ConfigError
-from moeadapt.hub.card import BEGIN, END, make_card, own_text
-from moeadapt.hub.templates import is_template
+from moeadapt.model_card.merge import BEGIN, END, make_card, own_text
+from moeadapt.model_card.templates import is_template
 
 FIELDS = {
     "library_name": "peft",
@@ -105,6 +105,6 @@ def test_an_untouched_template_goes_and_one_with_a_word_of_its_own_stays():
 
 
 def test_a_value_cannot_leave_its_cell_or_become_html():
-    from moeadapt.hub.markdown import table
+    from moeadapt.model_card.markdown import table
 
     assert table(["a"], [["x|y\n<script>"]]).splitlines()[2] == "| x\\|y \\<script\\> |"

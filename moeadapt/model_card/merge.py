@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from moeadapt.errors import ConfigError
-from moeadapt.hub.templates import is_template
+from moeadapt.model_card.templates import is_template
 
 BEGIN = "<!-- moeadapt:begin: `moeadapt push` replaces what is between these two marks -->"
 END = "<!-- moeadapt:end -->"

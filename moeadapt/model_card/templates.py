@@ -36,6 +36,6 @@ def _known() -> frozenset[str]:
     import huggingface_hub
 
     place = Path(huggingface_hub.__file__).parent / "templates" / "modelcard_template.md"
-    text = place.read_text(encoding="utf-8").partition("---\n{{ card_data }}\n---")[2]
+    text = place.read_text(encoding="utf-8").partition("{{ card_data }}\n---")[2]
     filled = re.sub(r"\{\{[^}]*default\(\s*\"([^\"]*)\"[^}]*\}\}", r"\1", text)
     return frozenset(line.strip() for line in filled.splitlines() if line.strip())
