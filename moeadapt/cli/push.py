@@ -79,8 +79,9 @@ def push(
     # What other libraries print is progress, and stdout is for the result.
     with redirect_stdout(sys.stderr):
         from moeadapt.hub.push import push as run
+        from moeadapt.rows import read_rows
 
-        batches = None if data is None else _batches(folder, data)
+        rows = None if data is None else read_rows(data)
         result = run(
             folder,
             repo_id,
@@ -91,7 +92,7 @@ def push(
             report=report,
             evaluation=evaluation,
             with_static_lora=with_static_lora,
-            data=batches,
+            data=rows,
             private=private,
             revision=revision,
             create_pr=create_pr,
@@ -104,21 +105,6 @@ def push(
         typer.echo(json.dumps(result.to_dict(), indent=2))
     else:
         _print(result)
-
-
-def _batches(folder: str, data: str) -> Any:
-    from moeadapt.adapter_folder import read_settings
-    from moeadapt.cli.adapters import read_rows, to_batches
-
-    rows = read_rows(data)
-    from transformers import AutoTokenizer
-
-    base = read_settings(folder, "MOEADAPT").get("base_model_name_or_path")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"--data needs the tokenizer of the base {base!r}: {error}") from None
-    return to_batches(rows, tokenizer, max_length=1024)
 
 
 def _print(result: Any) -> None:

@@ -60,6 +60,9 @@ def _settings(folder: Path, base_model: str) -> bytes:
     settings = json.loads(read_small(folder, SETTINGS, MAX_BYTES))
     settings["base_model_name_or_path"] = base_model
     settings.setdefault("format_version", FORMAT_VERSION)
+    saved = read_manifest(folder) if exists(folder, MANIFEST) else None
+    if saved is not None and isinstance(saved.get("base"), dict):
+        settings["base_fingerprint"] = saved["base"].get("config")
     return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
 
 

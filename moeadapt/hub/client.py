@@ -16,11 +16,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import get_session
 
 from moeadapt.adapter_format.settings import MANIFEST
 from moeadapt.errors import HubError
 from moeadapt.hub.parcel import CARD
 from moeadapt.version import __version__
+
+TIMEOUT = 120.0
+"""Seconds to wait for the next sign of the hub; the library would wait for ever."""
 
 REASONS = {
     400: "the hub does not accept the request",
@@ -91,9 +95,9 @@ class Remote:
         """
         with self._talking("look at"):
             try:
-                info = self._api.repo_info(self.repo_id, revision=revision)
+                info = self._api.repo_info(self.repo_id, revision=revision, timeout=TIMEOUT)
             except RevisionNotFoundError:
-                found = self._api.repo_info(self.repo_id)
+                found = self._api.repo_info(self.repo_id, timeout=TIMEOUT)
                 return RemoteState(exists=True, private=found.private)
             except RepositoryNotFoundError as error:
                 if _status(error) == 401:  # noqa: PLR2004
@@ -170,6 +174,8 @@ class Remote:
     @contextmanager
     def _talking(self, doing: str, left: str = "") -> Iterator[None]:
         """Turn what the libraries raise into a `HubError`, without what they know of requests."""
+        session = get_session()
+        before, session.timeout = session.timeout, TIMEOUT
         try:
             yield
         except Exception as error:
@@ -180,6 +186,8 @@ class Remote:
             problem = HubError(f"cannot {doing} {self.repo_id}: {reason}{end}")
         else:
             return
+        finally:
+            session.timeout = before
         raise problem from None
 
 

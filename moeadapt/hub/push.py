@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
 from torch import nn
 
 from moeadapt.adapter_format.files import exists, read_small
@@ -98,8 +97,9 @@ def push(
         report: the page that `moeadapt report` wrote; None: report.html of the folder, if any.
         evaluation: the file that `moeadapt eval --out` wrote.
         with_static_lora: add a merged LoRA, in the folder static-lora.
-        data: what that merge looks at, see `moeadapt.merge`; None: the mean of the experts.
-        tokenizer: for texts in `data`.
+        data: what that merge looks at: as for `moeadapt.merge`, or rows as a .jsonl file has them;
+            None: the mean of the experts.
+        tokenizer: for texts and rows; of a folder it is that of the base.
         adapter: which one of a model.
         private: of a new repository; None: what the account says.
         revision: branch to commit to, made if it is not there; None: main.
@@ -132,7 +132,7 @@ def push(
         _attach(parcel, recipe, report, evaluation, known)
         if with_static_lora:
             _add_static(parcel, model, adapter, data, tokenizer)
-        parcel.check_private(token or get_token())
+        parcel.check_private(token if remote is None else remote.token)
         state = RemoteState() if remote is None else remote.state(revision)
         check_kind(parcel, state, repo_id, private=private, overwrite=overwrite)
         card = _card(parcel, repo_id, revision, license, state, from_model=model is not None)
@@ -213,9 +213,12 @@ def _add_static(parcel: Parcel, model: Any, adapter: str, data: Any, tokenizer: 
 
     if parcel.kind != "adapter":
         raise ConfigError("with_static_lora merges an adapter; a checkpoint is served as it is")
-    name = adapter if model is not None else "default"
-    loaded = model if model is not None else load_adapter(parcel.folder)
-    add_static_lora(parcel, loaded, name, data=data, tokenizer=tokenizer)
+    name = adapter
+    if model is None:
+        name = "default"
+        model, found = load_adapter(parcel.folder, parcel.facts, parcel.place)
+        tokenizer = tokenizer or found
+    add_static_lora(parcel, model, name, data=data, tokenizer=tokenizer)
 
 
 def _card(
@@ -232,8 +235,10 @@ def _card(
     if old is None and not from_model and exists(parcel.folder, CARD):
         where = str(parcel.folder / CARD)
         old = _local_card(parcel, where)
-    elif old is not None and not from_model and exists(parcel.folder, CARD):
-        parcel.left_out[CARD] = "the repository has one, and its text is kept"
+    elif not from_model and exists(parcel.folder, CARD):
+        mine = read_small(parcel.folder, CARD, MAX_TEXT_BYTES).decode("utf-8", "replace")
+        if own_text(mine).strip() not in (old or ""):
+            parcel.left_out[CARD] = "the repository has one, and its text is kept"
     theirs = read_card(old, where).data.to_dict()
     named = license or theirs.get("license")
     check_license(named if isinstance(named, str) or not named else "", theirs)

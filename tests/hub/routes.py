@@ -58,7 +58,8 @@ class Response:
         """Return the bytes."""
         if isinstance(self.data, bytes):
             return self.data
-        return json.dumps({"error": self.said} if self.said else self.data).encode()
+        told = {**(self.data or {}), "error": self.said} if self.said else self.data
+        return json.dumps(told).encode()
 
     def headers(self) -> dict[str, str]:
         """Return the headers."""

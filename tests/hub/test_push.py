@@ -41,6 +41,7 @@ def test_one_commit_holds_weights_settings_manifest_and_card(hub):
     assert settings["base_model_name_or_path"] == BASE
     assert settings["moeadapt_version"]
     assert settings["format_version"] == 1
+    assert settings["base_fingerprint"]["hidden_size"] == 32
     manifest = json_of(files[MANIFEST])
     assert manifest["base"]["config"]["hidden_size"] == 32
     assert manifest["base"]["name"] == BASE

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from tests.faults.cli import call
+from tests.faults.cli import MAIN, call
 from tests.hub.kit import BASE, CARD, copied, files_of, shelf
 from tests.hub.loopback import TOKEN, Loopback
 from tests.hub.transcript import OUT, ROOT
@@ -59,14 +59,7 @@ def test_a_push_from_a_terminal_lands_on_the_hub_without_the_token_anywhere(tmp_
         env.pop("HF_TOKEN", None)
         command = ["push", str(folder), "ann/math", *GIVEN, "--private", "--token", TOKEN]
         done = subprocess.run(
-            [
-                sys.executable,
-                "-W",
-                "ignore",
-                "-c",
-                "from moeadapt.cli import main; main()",
-                *command,
-            ],
+            [sys.executable, "-W", "ignore", "-c", MAIN, *command],
             env=env,
             capture_output=True,
             text=True,

