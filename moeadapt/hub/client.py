@@ -95,9 +95,9 @@ class Remote:
         """
         with self._talking("look at"):
             try:
-                info = self._api.repo_info(self.repo_id, revision=revision, timeout=TIMEOUT)
+                info = self._api.model_info(self.repo_id, revision=revision, timeout=TIMEOUT)
             except RevisionNotFoundError:
-                found = self._api.repo_info(self.repo_id, timeout=TIMEOUT)
+                found = self._api.model_info(self.repo_id, timeout=TIMEOUT)
                 return RemoteState(exists=True, private=found.private)
             except RepositoryNotFoundError as error:
                 if _status(error) == 401:  # noqa: PLR2004
@@ -151,7 +151,7 @@ class Remote:
         """
         made = ""
         if not state.exists:
-            with self._talking("make"):
+            with self._talking("make", unseen=True):
                 self._api.create_repo(self.repo_id, private=private)
             made = "the repository was made and is empty"
         if revision is not None and not state.has_branch:
@@ -172,7 +172,7 @@ class Remote:
             )
 
     @contextmanager
-    def _talking(self, doing: str, left: str = "") -> Iterator[None]:
+    def _talking(self, doing: str, left: str = "", *, unseen: bool = False) -> Iterator[None]:
         """Turn what the libraries raise into a `HubError`, without what they know of requests."""
         session = get_session()
         before, session.timeout = session.timeout, TIMEOUT
@@ -182,6 +182,8 @@ class Remote:
             if not _is_of_hub(error):
                 raise
             reason = _reason(error).replace(self.token, "***")
+            if unseen and _status(error) == 409:  # noqa: PLR2004
+                reason = "it exists, and the token does not see it; push with one that does"
             end = f"; {left}" if left else ""
             problem = HubError(f"cannot {doing} {self.repo_id}: {reason}{end}")
         else:

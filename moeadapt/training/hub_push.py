@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from moeadapt.adapter_format.settings import MANIFEST
 from moeadapt.errors import ConfigError
@@ -78,14 +82,15 @@ def kept_card(args: Any, repo_id: str | None) -> Iterator[None]:
     if not args.should_save or not path.is_file():
         return
     draft = path.read_text(encoding="utf-8")
-    is_ours = before is not None and (has_our_part(before) or not _is_draft(before))
-    path.write_text(before if is_ours else with_first_lines(draft, str(path)), encoding="utf-8")
+    if before is None or (_is_draft(before) and not has_our_part(before)):
+        before = with_first_lines(draft, str(path))
+    path.write_text(before, encoding="utf-8")
 
 
 def _of_hub(repo_id: str, revision: str | None) -> str | None:
     try:
         path = hf_hub_download(repo_id, CARD, revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError):
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
     return Path(path).read_text(encoding="utf-8")
 

@@ -84,7 +84,8 @@ class MoETrainerMixin(SafeRunMixin):
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments):
                 fit_ddp(value)
-                refuse_token(value)
+                if value.push_to_hub:
+                    refuse_token(value)
         super().__init__(*args, **kwargs)
         require_adapter(self.model)
         self.add_callback(_Events(self))

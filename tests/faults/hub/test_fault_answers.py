@@ -38,7 +38,7 @@ def hub(tmp_path):
 def test_fault_100_every_refusal_is_typed_and_leaves_no_half_repository(hub, route, status):
     hub.fail(route, status=status, message=f"no, {TOKEN}")
     if (route, status) in {("info", 404), ("create", 409)}:
-        return  # not there yet; made by somebody else in between: see below
+        return  # not there yet; there, and not to be seen: see below
     with pytest.raises(HubError, match=SAID[status]) as caught:
         pushed(shelf() / "adapter")
     assert str(status) in str(caught.value)
@@ -96,6 +96,12 @@ def test_fault_100_a_commit_in_between_is_not_overwritten(hub, monkeypatch):
     with pytest.raises(HubError, match="412: somebody else changed"):
         pushed(shelf() / "adapter")
     assert files_of(hub)[CARD] == b"# mine, written meanwhile\n"
+
+
+def test_fault_100_a_repository_that_the_token_does_not_see_is_said_to_be_there(hub):
+    hub.fail("create", status=409)
+    with pytest.raises(HubError, match="cannot make ann/math: it exists, and the token does not"):
+        pushed(shelf() / "adapter")
 
 
 def test_fault_100_without_a_token_nothing_is_asked(tmp_path):
