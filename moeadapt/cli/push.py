@@ -113,7 +113,7 @@ def _print(result: Any) -> None:
 
     console = Console(markup=False, emoji=False, highlight=False)
     if result.commit is None:
-        console.print(result.card)
+        console.print(result.card, soft_wrap=True)
     table = Table("file", "bytes", title=f"{result.kind} for {result.repo_id}")
     for name, size in result.files.items():
         table.add_row(name, f"{size:,}")

@@ -1,13 +1,14 @@
 """The card of an adapter: how to load it first, then what it is, its data and its worth."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from moeadapt.experts import EXPERTS
 from moeadapt.hub.parcel import Parcel
 from moeadapt.hub.results import arms_table, evaluation_tables
 from moeadapt.model_card.first_lines import first_lines
 from moeadapt.model_card.markdown import code, table, text
+from moeadapt.routers import ROUTERS
 
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
@@ -74,24 +75,41 @@ def _load(parcel: Parcel, repo_id: str, revision: str | None) -> Iterator[str]:
 
 def _settings(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "parameters of the adapter", f"{facts['parameters']:,}"
-    yield "router", _component(facts.get("router", "top_k"))
-    yield "experts", f"{facts.get('num_experts')} x {_component(facts.get('experts', 'lora'))}"
+    yield "router", _component(facts.get("router", "top_k"), ROUTERS)
+    yield "experts", f"{facts.get('num_experts')} x {_component(facts.get('experts'), EXPERTS)}"
     if facts.get("n_shared"):
         yield "shared experts", str(facts["n_shared"])
     yield "rank of an expert", str(facts.get("r"))
     yield "alpha", str(facts.get("lora_alpha"))
     yield "placement", str(facts.get("placement"))
     yield "routing per", str(facts.get("router_scope"))
-    yield "balance losses", json.dumps(facts.get("balance"), sort_keys=True)
-    targets = facts.get("target_modules")
-    yield "targets", ", ".join(targets) if isinstance(targets, list) else str(targets)
+    losses = facts.get("balance") or {}
+    yield "balance losses", ", ".join(f"{n} {_coef(one)}" for n, one in losses.items()) or "none"
+    yield "targets", _targets(facts.get("target_modules"))
 
 
-def _component(given: Any) -> str:
-    if not isinstance(given, dict):
+def _component(given: Any, registry: Mapping[str, Any]) -> str:
+    """Return a name, with k and what is not as it is by default."""
+    if not isinstance(given, dict) or given.get("name") not in registry:
         return str(given)
-    rest = {key: value for key, value in given.items() if key != "name"}
-    return f"{given.get('name')} {json.dumps(rest, sort_keys=True)}" if rest else str(given["name"])
+    known = registry[given["name"]].model_fields
+    options = [
+        f"{name} {value}"
+        for name, value in given.items()
+        if name in known and (name == "k" or value != known[name].default)
+    ]
+    return f"{given['name']} ({', '.join(options)})" if options else str(given["name"])
+
+
+def _coef(one: Any) -> str:
+    return str(one.get("coef", one) if isinstance(one, dict) else one)
+
+
+def _targets(targets: Any) -> str:
+    if not isinstance(targets, list):
+        return str(targets)
+    short = sorted({str(target).rpartition(".")[2] for target in targets})
+    return ", ".join(short) + (f" ({len(targets)} modules)" if len(targets) > len(short) else "")
 
 
 def _static(parcel: Parcel, repo_id: str, revision: str | None) -> str:

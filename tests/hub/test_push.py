@@ -65,6 +65,9 @@ def test_the_card_says_first_how_to_load_it(hub):
         "- ann/sums",
     ):
         assert line in text
+    assert "| router | top\\_k (k 2, init\\_std 0.5) |" in text
+    assert "| balance losses | none |" in text
+    assert "self" not in text
     first = text.partition("\n---\n")[2].splitlines()[:14]
     assert "pip install moeadapt" in first
     assert "import moeadapt" in first
