@@ -183,6 +183,8 @@ class MoETrainerMixin(SafeRunMixin):
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """See `trl.trainer.base_trainer`; a card that is there stays."""
+        if self._rescuing:  # the folder with the card cannot be written
+            return super().create_model_card(*args, **kwargs)
         with kept_card(self.args, getattr(self, "hub_model_id", None)):
             super().create_model_card(*args, **kwargs)
 
