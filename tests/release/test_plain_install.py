@@ -20,6 +20,28 @@ RECIPE = ROOT / "configs" / "sft" / "smollm2_mixlora.yaml"
 MAIN = "from moeadapt.cli import main; main()"
 
 
+CODE = f"""
+import runpy, sys
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")
+import moeadapt
+from moeadapt.errors import MissingPackageError
+for name in moeadapt.__all__:
+    try:
+        getattr(moeadapt, name)
+    except MissingPackageError as error:
+        print("LACKS", name, error)
+for line in ("import trl", "from moeadapt.training import MoESFTTrainer"):
+    try:
+        exec(line)
+    except ImportError as error:
+        print("SAID", type(error).__name__, error)
+sys.argv = ["moeadapt", "plan", "sft", "--config", {str(RECIPE)!r}]
+from moeadapt.cli import main
+main()
+"""
+"""One process for everything that imports torch."""
+
+
 @pytest.fixture(scope="module")
 def python(tmp_path_factory):
     """Return a function that runs code where only a plain install can be imported."""
@@ -27,9 +49,9 @@ def python(tmp_path_factory):
     site = unpack(build_wheel(folder), folder / "site")
     hidden = hide_the_rest()
 
-    def run(code, *args):
+    def run(code):
         return subprocess.run(
-            [sys.executable, "-c", hidden + code, *args],
+            [sys.executable, "-c", hidden + code],
             capture_output=True,
             text=True,
             cwd=folder,
@@ -39,47 +61,34 @@ def python(tmp_path_factory):
     return run, site
 
 
-def test_a_plain_install_trains_saves_and_loads(python):
-    run, site = python
-    done = run(f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"from {site}" in done.stdout
+@pytest.fixture(scope="module")
+def done(python):
+    return python[0](CODE)
+
+
+def test_a_plain_install_trains_saves_and_loads(done, python):
+    assert "loaded with equal logits" in done.stdout, done.stderr[-3000:]
+    assert f"from {python[1]}" in done.stdout
     assert "optional []" in done.stdout
-    assert "loaded with equal logits" in done.stdout
 
 
-def test_every_public_name_but_the_trainers_needs_no_extra(python):
-    code = """
-import moeadapt
-from moeadapt.errors import MissingPackageError
-for name in moeadapt.__all__:
-    try:
-        getattr(moeadapt, name)
-    except MissingPackageError as error:
-        print("LACKS", name, error)
-for import_it in ("import trl", "from moeadapt.training import MoESFTTrainer"):
-    try:
-        exec(import_it)
-    except ImportError as error:
-        print("SAID", type(error).__name__, error)
-"""
-    done = python[0](code)
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_every_public_name_but_distill_needs_no_extra(done):
     lacks = re.findall(r"^LACKS (\w+) (.*)$", done.stdout, re.MULTILINE)
     assert [name for name, _ in lacks] == ["distill"]
+
+
+def test_a_trainer_without_trl_is_an_import_error_that_says_what_to_install(done):
     said = re.findall(r"^SAID (\w+) (.*)$", done.stdout, re.MULTILINE)
     assert [name for name, _ in said] == ["ModuleNotFoundError", "MissingPackageError"]
     assert said[1][1].endswith("'trl', which is not installed: pip install 'moeadapt[train]'")
 
 
-@pytest.mark.parametrize(
-    ("verb", "extra"), [(["demo"], "demo"), (["plan", "sft", "--config", str(RECIPE)], "train")]
-)
-def test_a_verb_that_needs_an_extra_names_it_without_a_traceback(python, verb, extra):
-    done = python[0](MAIN, *verb)
-    assert done.returncode == 2
-    assert f"pip install 'moeadapt[{extra}]'" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_verb_that_needs_an_extra_names_it_without_a_traceback(done, python):
+    demo = python[0]("import sys; sys.argv = ['moeadapt', 'demo']\n" + MAIN)
+    for ended, extra in ((done, "train"), (demo, "demo")):
+        assert ended.returncode == 2
+        assert f"pip install 'moeadapt[{extra}]'" in ended.stderr
+        assert "Traceback" not in ended.stderr
 
 
 def test_a_plain_install_has_none_of_the_trainers_packages():
