@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moeadapt.export.merge import merge as merge
     from moeadapt.export.split import split as split
     from moeadapt.export.upcycle import upcycle as upcycle
+    from moeadapt.hub.push import push as push
     from moeadapt.presets import PRESETS as PRESETS
     from moeadapt.report.report import report as report
     from moeadapt.routers import ROUTERS as ROUTERS
@@ -64,6 +65,7 @@ _HOME = {
     "loading_options": "moeadapt.adapter_format.options",
     "merge": "moeadapt.export.merge",
     "override_routing": "moeadapt.tuner.override",
+    "push": "moeadapt.hub.push",
     "report": "moeadapt",
     "set_aux_loss_scale": "moeadapt.tuner.inspect",
     "split": "moeadapt.export.split",

@@ -56,6 +56,13 @@ class AssetError(MoeAdaptError, OSError):
     """A file that has to be downloaded or converted could not be had, or is not what it claims."""
 
 
+class HubError(MoeAdaptError, OSError):
+    """A hub refuses, or cannot be reached; what lies on it is as it was, unless the message says.
+
+    No message holds a token.
+    """
+
+
 class ExportError(MoeAdaptError, ValueError):
     """A written checkpoint would not be what was asked for: tensors lack, or answers differ."""
 

@@ -14,6 +14,8 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.hub.kit import connected
+from tests.hub.loopback import TOKEN
 from tests.tiny import tiny
 from tests.toy import toy_tokenizer
 
@@ -49,9 +51,9 @@ def adapter(base, tmp_path_factory):
 def run(capsys, monkeypatch):
     """Return a function that runs an example in this process and returns what it printed."""
 
-    def run_example(name, **options):
+    def run_example(name, *switches, **options):
         flags = [part for flag, value in options.items() for part in (f"--{flag}", str(value))]
-        monkeypatch.setattr(sys, "argv", [name, *flags])
+        monkeypatch.setattr(sys, "argv", [name, *flags, *switches])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a user sees those of other packages, once
             runpy.run_path(str(EXAMPLES / name), run_name="__main__")
@@ -82,7 +84,7 @@ def test_routing_can_be_looked_at(adapter, run):
     assert numbers(printed, "routed as learned") != numbers(printed, "uniform")
 
 
-@pytest.mark.parametrize("name", ["02_look_at_routing.py", "08_export_and_serve.py"])
+@pytest.mark.parametrize("name", ["02_look_at_routing.py", "08_export_and_serve.py", "09_push.py"])
 def test_an_example_says_which_one_to_run_before_it(name, run, capsys, tmp_path):
     with pytest.raises(SystemExit):
         run(name, adapter=tmp_path / "none")
@@ -140,6 +142,22 @@ def test_an_exported_mixture_gives_the_adapters_answer(adapter, run, tmp_path):
     answers = dict(re.findall(r"^(adapter|MixtralForCausalLM) +'(.*)'$", printed, re.MULTILINE))
     assert answers["adapter"] == answers["MixtralForCausalLM"] != ""
     assert f"vllm serve {tmp_path / 'stock'}" in printed
+
+
+def test_a_push_is_shown_before_it_is_sent(adapter, run, tmp_path):
+    with connected(tmp_path / "home", token=TOKEN) as hub:
+        shown = run("09_push.py", adapter=adapter[0], repo="ann/first", base="ann/tiny-llama")
+        assert "nothing was sent" in shown
+        assert not hub.repositories
+        sent = run(
+            "09_push.py", "--send", adapter=adapter[0], repo="ann/first", base="ann/tiny-llama"
+        )
+        assert hub.repositories["ann/first"].branches["main"] in sent
+        files = hub.repositories["ann/first"].at("main").files
+    card = files["README.md"].decode()
+    assert card in sent
+    assert "base_model: ann/tiny-llama" in card
+    assert {"adapter_model.safetensors", "static-lora/adapter_model.safetensors"} <= set(files)
 
 
 def test_a_mixture_of_loras_is_each_of_them_and_loads_as_it_was(base, run, tmp_path):

@@ -56,6 +56,7 @@ def test_public_names_are_these():
         "loading_options",
         "merge",
         "override_routing",
+        "push",
         "report",
         "set_aux_loss_scale",
         "split",

@@ -13,6 +13,7 @@ from moeadapt.cli import (
     merge,
     methods,
     plan,
+    push,
     report,
     split,
     train,
@@ -31,7 +32,7 @@ app = typer.Typer(
 
 _VERBS = (
     *(demo, train, validate, plan, methods, evaluate, report),
-    *(merge, split, upcycle, export, doctor),
+    *(merge, split, upcycle, export, push, doctor),
 )
 for verb in _VERBS:
     verb.add_to(app)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from collections.abc import Collection
 from importlib import metadata
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from moeadapt.doctor.finding import Check, Finding, Subject
 from moeadapt.errors import ConfigError, MoeAdaptError
 
 
-def examine(folder: str | Path | None = None, base: str | None = None) -> list[Finding]:
+def examine(
+    folder: str | Path | None = None,
+    base: str | None = None,
+    only: Collection[str] | None = None,
+) -> list[Finding]:
     """Check the environment and, if given, a folder and its fit to a base.
 
     Args:
         folder: an adapter, a checkpoint, or the output of a training run.
         base: a base model, loaded to compare it with the one the adapter was trained on.
+        only: names of `CHECKS`; None: all that apply.
 
     Raises:
         ConfigError: `folder` is no folder, or `base` is given without one.
@@ -32,7 +38,7 @@ def examine(folder: str | Path | None = None, base: str | None = None) -> list[F
     subject = Subject(folder=None if folder is None else Path(folder), base=base)
     found: list[Finding] = []
     for name, check in CHECKS.items():
-        if _applies(check, subject):
+        if (only is None or name in only) and _applies(check, subject):
             new = _run(name, check, subject)
             found.extend(new or [Finding(check=name, level="ok", what=check.line)])
             if check.scope == "adapter" and any(f.level == "error" for f in new):

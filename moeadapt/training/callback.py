@@ -18,6 +18,7 @@ from moeadapt.training.checkpoint_files import (
     write_marker,
 )
 from moeadapt.training.ddp import check_ddp
+from moeadapt.training.hub_push import before_push
 from moeadapt.training.nonfinite import NonfiniteGuard
 from moeadapt.training.param_groups import RouterOptions
 from moeadapt.training.session import Session, check_setup, restore_routers
@@ -218,6 +219,12 @@ class MoeAdaptCallback(TrainerCallback):
             skipped = 0 if self._session is None else self._session.skipped_steps
             give_modes(folder)
             write_marker(folder, {"step": state.global_step, "skipped_steps": skipped})
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Keep manifest and weights together, and say what the trainer will do to a card."""
+        before_push(args, state, keeps_card=False)
 
     def on_log(
         self,

@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from moeadapt.training.checkpoint_files import COUNTS, read_marker
 from moeadapt.training.ddp import fit_ddp
+from moeadapt.training.hub_push import before_push, kept_card, refuse_token
 from moeadapt.training.nonfinite import checked_routers
 from moeadapt.training.param_groups import RouterOptions, split_router_params
 from moeadapt.training.safe_run import SafeRunMixin
@@ -83,6 +84,7 @@ class MoETrainerMixin(SafeRunMixin):
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments):
                 fit_ddp(value)
+                refuse_token(value)
         super().__init__(*args, **kwargs)
         require_adapter(self.model)
         self.add_callback(_Events(self))
@@ -178,6 +180,11 @@ class MoETrainerMixin(SafeRunMixin):
         if self._session is not None:
             self._session.after_evaluation(batches)
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """See `trl.trainer.base_trainer`; a card that is there stays."""
+        with kept_card(self.args, getattr(self, "hub_model_id", None)):
+            super().create_model_card(*args, **kwargs)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """See `transformers.Trainer.log`; all processes call it, as the trainer does."""
         if self._session is not None and "loss" in logs:
@@ -194,6 +201,10 @@ class _Events(TrainerCallback):
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """See `TrainerCallback.on_optimizer_step`."""
         self._trainer.after_optimizer_step()
+
+    def on_push_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """See `TrainerCallback.on_push_begin`."""
+        before_push(args, state, keeps_card=True)
 
     def on_evaluate(self, *args: Any, eval_dataloader: Any = None, **kwargs: Any) -> None:
         """See `TrainerCallback.on_evaluate`."""

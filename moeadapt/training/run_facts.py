@@ -17,7 +17,10 @@ SAMPLED = 64
 _ARGUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
 """They decide which row is in which step."""
 
-_FREE = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision"}
+_FREE = {
+    *("auto_mapping", "base_fingerprint", "base_model_name_or_path", "inference_mode"),
+    *("peft_version", "revision"),
+}
 """Settings of an adapter that say nothing of its form."""
 
 

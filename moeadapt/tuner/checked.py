@@ -8,7 +8,7 @@ from torch import nn
 
 from moeadapt.adapter_format.options import loading_options
 from moeadapt.errors import ConfigError
-from moeadapt.tuner.locate import find_folder, hub_arguments, read_config
+from moeadapt.tuner.locate import find_folder, hub_arguments, read_config, refuse_uncached
 
 
 def load_adapter_checked(
@@ -40,7 +40,10 @@ def load_adapter_checked(
     Example:
         >>> model = moeadapt.load_adapter_checked(base, "adapters/math")
     """
-    found = find_folder(folder, hub_arguments(kwargs))
+    where = hub_arguments(kwargs)
+    found = find_folder(folder, where)
+    if found is None:
+        refuse_uncached(folder, where)
     if found is None or read_config(found) is None:
         raise ConfigError(
             f"{folder} holds no moeadapt adapter; give a folder saved with model.save_pretrained"

@@ -75,6 +75,7 @@ class MoeLoraConfig(PeftConfig):
         target_parameters: only None; fused expert parameters are not supported yet.
         format_version: version of the saved adapter format.
         moeadapt_version: version that wrote the adapter, filled in.
+        base_fingerprint: what identifies the base, filled in when the adapter is published.
 
     Raises:
         ConfigError: a field has the wrong type, is out of range, or contradicts another.
@@ -114,6 +115,7 @@ class MoeLoraConfig(PeftConfig):
     target_parameters: list[str] | None = None
     format_version: Positive = FORMAT_VERSION
     moeadapt_version: str | None = None
+    base_fingerprint: dict[str, int | str] | None = None
 
     def __post_init__(self) -> None:
         """Check every field, then put router, balance and experts into their full form."""

@@ -8,7 +8,8 @@ others. So the functions that know an adapter's folder are wrapped, once, when t
 - `PeftModel.from_pretrained`, `PeftModel.load_adapter`, `PreTrainedModel.load_adapter`: open the
   folder; what follows knows its files;
 - `safe_load_file`: gives the numbers that were checked, whatever lies at the path by then;
-- `PeftModel.save_pretrained`, `PreTrainedModel.save_pretrained`: write the manifest.
+- `PeftModel.save_pretrained`, `PreTrainedModel.save_pretrained`: write the manifest;
+- `PeftModel.push_to_hub`: says what it leaves out.
 
 Adapters of other methods pass through untouched. Injection (`MoeLoraModel.inject_adapter`) compares
 header and base before it touches the model, and `_remap_adapter_state_dict_for_load` refuses what
@@ -16,6 +17,7 @@ is not the adapter's even where tensors come from no folder.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from moeadapt.adapter_format.manifest import remove_manifest, write_manifest
 from moeadapt.adapter_format.settings import SETTINGS, WEIGHTS
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.loading import check_known, current, loading
-from moeadapt.tuner.locate import find_folder, hub_arguments, read_config
+from moeadapt.tuner.locate import find_folder, hub_arguments, read_config, refuse_uncached
 
 _WRAPPED = "_moeadapt_wraps"
 
@@ -50,6 +52,7 @@ def install() -> None:
     _wrap(save_and_load, "safe_load_file", _safe_load_file)
     _wrap(PeftModel, "save_pretrained", _save)
     _wrap(PreTrainedModel, "save_pretrained", _save_natively)
+    _wrap(PeftModel, "push_to_hub", _push_to_hub)
 
 
 def is_installed() -> bool:
@@ -59,7 +62,7 @@ def is_installed() -> bool:
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
-    original = owner.__dict__[name]
+    original = owner.__dict__[name] if name in owner.__dict__ else getattr(owner, name)
     of_class = isinstance(original, classmethod)
     plain = original.__func__ if of_class else original
     if hasattr(plain, _WRAPPED):
@@ -157,8 +160,15 @@ def _load_natively(
 
 
 def _open(model_id: Any, arguments: dict[str, Any]) -> AdapterFiles | None:
-    """Open the adapter of this method behind `model_id`; None: it is none, or not to be found."""
-    folder = find_folder(model_id, hub_arguments(arguments))
+    """Open the adapter of this method behind `model_id`; None: it is none, or not to be found.
+
+    Raises:
+        ConfigError: nothing may be fetched, and it is not in the cache.
+    """
+    where = hub_arguments(arguments)
+    folder = find_folder(model_id, where)
+    if folder is None:
+        refuse_uncached(model_id, where)
     if folder is None or read_config(folder) is None:
         return None
     return AdapterFiles(folder)
@@ -220,6 +230,19 @@ def _save_natively(
     if ours and isinstance(configs.get(self.active_adapters()[0]), MoeLoraConfig):
         _write([Path(save_directory)], self)
     return result
+
+
+def _push_to_hub(
+    original: Callable[..., Any], self: PeftModel, repo_id: str, *args: Any, **kwargs: Any
+) -> Any:
+    if any(isinstance(config, MoeLoraConfig) for config in self.peft_config.values()):
+        warnings.warn(
+            f"push_to_hub keeps a card that {repo_id} has, but writes none that says how to load "
+            "this adapter, and sends the path of a base that is a folder; moeadapt.push(model, "
+            f"{repo_id!r}) writes the card, and checks every file",
+            stacklevel=3,
+        )
+    return original(self, repo_id, *args, **kwargs)
 
 
 def _write(folders: Any, base: Any) -> None:

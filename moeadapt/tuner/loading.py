@@ -74,6 +74,10 @@ def check_new(
         AdapterFileError: they do not fit each other or the base; nothing was touched.
     """
     expected = expected_tensors(model, config, plans, sizes)
+    if files.manifest is None and config.base_fingerprint and not options().allow_other_base:
+        # Copied without its manifest: the sizes of the base are known nevertheless.
+        known = {"config": config.base_fingerprint}
+        compare(known, fingerprint(model), f"{files.folder}: this adapter")
     _check(files, model, expected)
     _warn_of_idle_targets(config, plans, files)
 

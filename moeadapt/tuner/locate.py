@@ -13,7 +13,7 @@ from moeadapt.adapter_format.settings import (
     known_fields,
     parse,
 )
-from moeadapt.errors import AdapterFileError
+from moeadapt.errors import AdapterFileError, ConfigError
 
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
@@ -65,6 +65,39 @@ def _fetch(repository: str, where: dict[str, Any]) -> Path | None:
         if name == SETTINGS and (parse(folder) or {}).get("peft_type") != METHOD:
             return None
     return folder
+
+
+def refuse_uncached(model_id: Any, where: dict[str, Any]) -> None:
+    """Refuse an adapter of the hub that is not in the cache while nothing may be fetched.
+
+    Args:
+        model_id: a folder, or a repository of the hub.
+        where: what `hub_arguments` returned.
+
+    Raises:
+        ConfigError: names the folder of the cache.
+    """
+    from huggingface_hub import constants, is_offline_mode
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    given = where.get("local_files_only")
+    if not isinstance(model_id, str) or os.path.exists(model_id):
+        return
+    if not (given or is_offline_mode()):
+        return
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError:
+        return
+    cache = Path(where.get("cache_dir") or constants.HF_HUB_CACHE)
+    folder = cache / f"models--{model_id.replace('/', '--')}"
+    if next(folder.glob(f"snapshots/*/{where.get('subfolder') or '.'}/{SETTINGS}"), None):
+        return  # another revision, say; PEFT says which
+    reason = "local_files_only is set" if given else "HF_HUB_OFFLINE is set"
+    raise ConfigError(
+        f"{model_id}: {reason}, and {folder} holds no {SETTINGS}; load it once with a network, or "
+        "give the folder of the adapter"
+    )
 
 
 def read_config(folder: Path) -> dict[str, Any] | None:

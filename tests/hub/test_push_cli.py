@@ -1,0 +1,99 @@
+"""`moeadapt push`: options, exit codes, JSON, and a transcript that is the one in the docs."""
+
+import json
+import os
+import subprocess
+import sys
+
+from tests.faults.cli import MAIN, call
+from tests.hub.kit import BASE, CARD, copied, files_of, shelf
+from tests.hub.loopback import TOKEN, Loopback
+from tests.hub.transcript import OUT, ROOT
+
+GIVEN = ["--base-model", BASE, "--license", "apache-2.0"]
+
+
+def test_a_dry_run_prints_card_and_files():
+    answer = call("push", str(shelf() / "adapter"), "ann/math", *GIVEN, "--dry-run")
+    assert answer.code == 0, answer.err
+    assert "pip install moeadapt" in answer.out
+    assert "adapter_model.safetensors" in answer.out
+    assert "dry run: nothing was sent" in answer.out
+    answer = call("push", str(shelf() / "adapter"), "ann/math", *GIVEN, "--dry-run", "--json")
+    found = json.loads(answer.out)
+    assert found["commit"] is None
+    assert CARD in found["files"]
+
+
+def test_wrong_input_exits_with_2_and_a_hub_that_fails_with_1(tmp_path):
+    adapter = str(shelf() / "adapter")
+    for arguments, message in (
+        ((adapter, "math", *GIVEN, "--dry-run"), "must be 'owner/name'"),
+        ((adapter, "ann/math", "--license", "mit", "--dry-run"), "--base-model owner/name"),
+        ((adapter, "ann/math", "--base-model", BASE, "--dry-run"), "the licence is unknown"),
+        ((adapter, "ann/math", *GIVEN, "--data", "x.jsonl"), "belongs to --with-static-lora"),
+        ((str(tmp_path), "ann/math", *GIVEN, "--dry-run"), "holds neither"),
+    ):
+        answer = call("push", *arguments)
+        assert answer.code == 2, answer
+        assert message in answer.err
+        assert "Traceback" not in answer.err
+    answer = call("push", adapter, "ann/math", *GIVEN, "--token", TOKEN)  # the process is offline
+    assert answer.code == 1
+    assert "HF_HUB_OFFLINE is set" in answer.err
+    assert TOKEN not in answer.err + answer.out
+
+
+def test_a_push_from_a_terminal_lands_on_the_hub_without_the_token_anywhere(tmp_path):
+    folder = copied(tmp_path)
+    with Loopback() as hub:
+        env = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "HF_HOME": str(tmp_path / "cache"),
+            "HF_ENDPOINT": hub.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",
+            "HF_DEBUG": "1",
+        }
+        env.pop("HF_TOKEN", None)
+        command = ["push", str(folder), "ann/math", *GIVEN, "--private", "--token", TOKEN]
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", MAIN, *command],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"pushed: {hub.url}/ann/math/commit/" in done.stdout
+        assert hub.repositories["ann/math"].private
+        assert CARD in files_of(hub)
+    assert TOKEN not in done.stdout
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_help_shows_examples_and_imports_no_torch():
+    probe = (
+        "import sys\nfrom moeadapt.cli import main\nsys.argv = ['moeadapt', 'push', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print('HEAVY', sorted({'torch', 'peft', 'huggingface_hub'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("HEAVY []")
+    assert "moeadapt push outputs/math ann/math --license apache-2.0" in done.stdout
+
+
+def test_the_transcript_in_the_docs_shows_every_step():
+    text = OUT.read_text(encoding="utf-8")
+    for line in (
+        "$ moeadapt push sums ann/sums\n",
+        "--base-model owner/name",
+        "the licence is unknown",
+        "pushed: http://127.0.0.1:PORT/ann/sums/commit/",
+        "PeftModelForCausalLM",
+        "KeyError: 'MOEADAPT'",
+    ):
+        assert line in text
+    assert TOKEN not in text
