@@ -55,7 +55,7 @@ test-wheel: install
 	$(RELEASE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(RELEASE)/*.whl
 	cd $(RELEASE) && venv/bin/python ../../tests/release/plain_install.py
 	$(RELEASE)/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(ls $(RELEASE)/*.whl)[demo]"
-	cd $(RELEASE) && time venv/bin/moeadapt demo --steps 2 --out demo
+	cd $(RELEASE) && start=$$(date +%s) && venv/bin/moeadapt demo --steps 2 --out demo && echo "demo: $$(( $$(date +%s) - start )) s"
 	wc -c $(RELEASE)/*.whl
 
 test-lowest:

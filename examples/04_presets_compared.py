@@ -22,7 +22,7 @@ from moeadapt.training import MoESFTTrainer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", default="embedded:smollm2-135m", help="a folder or a hub id")
-parser.add_argument("--steps", type=int, default=6)
+parser.add_argument("--steps", type=int, default=4)
 parser.add_argument("--presets", nargs="+", default=["mixlora", "molora", "adamole"])
 args = parser.parse_args()
 transformers.utils.logging.disable_progress_bar()
