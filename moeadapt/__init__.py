@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from moeadapt import plugin as _plugin
+from moeadapt.extras import needs_extra as _needs_extra
 from moeadapt.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -82,7 +83,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'moeadapt' has no attribute {name!r}")
     if name in ("errors", "evaluation", "export", "interpret", "report", "surgery"):
         return importlib.import_module(f"{_HOME[name]}.{name}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    with _needs_extra():
+        return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -25,6 +25,10 @@ class AdapterFileError(ConfigError):
     """
 
 
+class MissingPackageError(ConfigError, ImportError):
+    """An optional package is not installed; says which extra of moeadapt brings it."""
+
+
 class UnsupportedError(MoeAdaptError, NotImplementedError):
     """The request is well formed, but a routed mixture cannot do it; names what can."""
 

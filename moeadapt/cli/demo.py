@@ -3,6 +3,7 @@
 import typer
 
 from moeadapt.cli.outcome import reports_errors
+from moeadapt.extras import needs_extra
 
 
 def add_to(app: typer.Typer) -> None:
@@ -22,6 +23,7 @@ def demo(
     and a mixture of whole FFNs, which is written as a stock Mixtral checkpoint at the end (1.5 GB).
     Downloads the model once (93 MB).
     """
-    from moeadapt.demo.run import run_demo
+    with needs_extra("demo"):
+        from moeadapt.demo.run import run_demo
 
     run_demo(out, steps=steps, as_json=json_)

@@ -7,6 +7,7 @@ from typing import ParamSpec
 import typer
 
 from moeadapt.errors import ConfigError, MoeAdaptError, TrainingStopped, UnsupportedError
+from moeadapt.extras import needs_extra
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -19,7 +20,8 @@ def reports_errors(verb: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            verb(*args, **kwargs)
+            with needs_extra():
+                verb(*args, **kwargs)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None

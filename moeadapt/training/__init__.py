@@ -6,6 +6,8 @@ Public names are resolved on first use: the callback needs only transformers, th
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moeadapt.extras import needs_extra
+
 if TYPE_CHECKING:
     from moeadapt.training.callback import MoeAdaptCallback as MoeAdaptCallback
     from moeadapt.training.metrics import router_metrics as router_metrics
@@ -40,7 +42,8 @@ def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'moeadapt.training' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    with needs_extra():
+        return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:

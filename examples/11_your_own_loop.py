@@ -1,9 +1,9 @@
-"""A training loop of your own with gradient accumulation: one extra line scales the aux losses.
+"""Your own loop, with gradient accumulation: one extra line scales the aux losses.
 
-python examples/04_your_own_loop.py [base model]
+python examples/11_your_own_loop.py [--model MODEL]
 """
 
-import sys
+import argparse
 
 import torch
 from peft import get_peft_model
@@ -13,7 +13,10 @@ import moeadapt
 from moeadapt import MoeLoraConfig
 from moeadapt.embedded import load_task, resolve_model
 
-base = resolve_model(sys.argv[1] if len(sys.argv) > 1 else "embedded:smollm2-135m")
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="embedded:smollm2-135m", help="a folder or a hub id")
+base = resolve_model(parser.parse_args().model)
+
 tokenizer = AutoTokenizer.from_pretrained(base)
 model = get_peft_model(
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
