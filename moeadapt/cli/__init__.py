@@ -6,6 +6,7 @@ import sys
 import typer
 
 from moeadapt.cli import (
+    chat,
     demo,
     doctor,
     evaluate,
@@ -13,6 +14,7 @@ from moeadapt.cli import (
     merge,
     methods,
     plan,
+    recipes,
     report,
     split,
     train,
@@ -30,7 +32,7 @@ app = typer.Typer(
 )
 
 _VERBS = (
-    *(demo, train, validate, plan, methods, evaluate, report),
+    *(demo, recipes, train, validate, plan, methods, evaluate, report, chat),
     *(merge, split, upcycle, export, doctor),
 )
 for verb in _VERBS:

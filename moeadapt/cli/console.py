@@ -1,0 +1,63 @@
+"""Where verbs write: results to stdout, what goes on to stderr, colours only on a terminal."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+PIPE_WIDTH = 160
+"""Columns of a table that goes to a file: rich would take 80."""
+
+
+def result_console() -> Console:
+    """Return a console on stdout that prints text as it is; rich leaves colours out in a pipe."""
+    console = Console(markup=False, emoji=False, highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = PIPE_WIDTH
+    return console
+
+
+@contextmanager
+def working(label: str, *, quiet: bool = False) -> Iterator[None]:
+    """Show on stderr that something goes on and for how long; nothing where nobody watches.
+
+    What other libraries show of their own is left out: one line says it.
+
+    Args:
+        label: what is being done.
+        quiet: show nothing, for `--json`.
+    """
+    console = Console(stderr=True)
+    with _libraries_quiet():
+        if quiet or not console.is_terminal:
+            yield
+            return
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            progress.add_task(label, total=None)
+            yield
+
+
+@contextmanager
+def _libraries_quiet() -> Iterator[None]:
+    """Turn the bars of transformers and of the hub off, and on again if they were on."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from huggingface_hub.utils import enable_progress_bars as enable_hub
+    from transformers.utils import logging
+
+    shown: list[Any] = []
+    if logging.is_progress_bar_enabled():
+        logging.disable_progress_bar()
+        shown.append(logging.enable_progress_bar)
+    if not are_progress_bars_disabled():
+        disable_progress_bars()
+        shown.append(enable_hub)
+    try:
+        yield
+    finally:
+        for show in shown:
+            show()
