@@ -77,7 +77,7 @@ def chat(
     from moeadapt.cli.console import working
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    with working(f"loading {model}", quiet=as_json):
+    with working(f"loading {model}"):
         loaded, tokenizer = (
             load_adapter(model, base, dtype, PEFT_TYPES) if is_adapter else _load_base(model, dtype)
         )

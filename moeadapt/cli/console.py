@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
+from moeadapt.progress import watched
+
 PIPE_WIDTH = 160
 """Columns of a table that goes to a file: rich would take 80."""
 
@@ -20,24 +22,19 @@ def result_console() -> Console:
 
 
 @contextmanager
-def working(label: str, *, quiet: bool = False) -> Iterator[None]:
+def working(label: str) -> Iterator[None]:
     """Show on stderr that something goes on and for how long; nothing where nobody watches.
 
     What other libraries show of their own is left out: one line says it.
-
-    Args:
-        label: what is being done.
-        quiet: show nothing, for `--json`.
     """
-    console = Console(stderr=True)
     with _libraries_quiet():
-        if quiet or not console.is_terminal:
+        if not watched():
             yield
             return
         from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
         columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=console, transient=True) as progress:
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
             progress.add_task(label, total=None)
             yield
 

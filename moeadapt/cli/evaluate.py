@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from moeadapt.cli.adapters import BASE_HELP, DEVICE_HELP, DTYPE_HELP, load_adapter, to_device
+from moeadapt.cli.console import working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
 from moeadapt.rows import Row, read_rows
@@ -42,7 +44,16 @@ class _Job:
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("eval")(evaluate)
+    app.command(
+        "eval",
+        epilog=examples(
+            "moeadapt eval outputs/smollm2_mixlora --data held-out.jsonl",
+            "# is it better than the base, and than a plain LoRA?",
+            "moeadapt eval outputs/smollm2_mixlora --data held-out.jsonl --against base",
+            "moeadapt eval outputs/mixture --data held-out.jsonl --against outputs/plain-lora",
+            "moeadapt eval outputs/smollm2_mixlora --tasks hellaswag --limit 100 --json",
+        ),
+    )(evaluate)
 
 
 @reports_errors
@@ -117,7 +128,7 @@ def evaluate(
         seed=seed,
     )
     # What other libraries print is progress, and stdout is for the result.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), working(f"evaluating {adapter}"):
         found = _run(job, adapter, against, (base, dtype, device))
     text = json.dumps(found, indent=2)
     if out is not None:

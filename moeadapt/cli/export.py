@@ -7,12 +7,21 @@ from typing import Annotated
 import typer
 
 from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, check_dtype, load_adapter, read_config
+from moeadapt.cli.console import working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("export")(export)
+    app.command(
+        "export",
+        epilog=examples(
+            "moeadapt export outputs/smollm2_mixlora --out outputs/stock",
+            "moeadapt export outputs/smollm2_mixlora --out outputs/served --engines vllm "
+            "--engines llama.cpp --dtype bfloat16",
+        ),
+    )(export)
 
 
 @reports_errors
@@ -49,7 +58,8 @@ def export(
     check_folder(out)
     check_settings(read_config(adapter))
     # In float32 also the base runs so: a base in less could not show a difference of 1e-4.
-    model, tokenizer = load_adapter(adapter, base, "float32" if dtype == "float32" else "auto")
+    with working(f"loading {adapter}"):
+        model, tokenizer = load_adapter(adapter, base, "float32" if dtype == "float32" else "auto")
 
     import torch
 

@@ -16,8 +16,11 @@ from moeadapt.cli.adapters import (
     read_rows,
     to_batches,
 )
+from moeadapt.cli.console import result_console, working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
+from moeadapt.progress import watched
 
 HELD_OUT = 5
 """Every so many rows of the data, one is held out for the losses."""
@@ -36,7 +39,14 @@ class _Training:
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("merge")(merge)
+    app.command(
+        "merge",
+        epilog=examples(
+            "moeadapt merge outputs/smollm2_mixlora --out outputs/merged --data train.jsonl",
+            "moeadapt merge outputs/smollm2_mixlora --out outputs/expert3 --method single "
+            "--expert 3",
+        ),
+    )(merge)
 
 
 @reports_errors
@@ -88,7 +98,8 @@ def merge(
     max_length = max_length or DEFAULT_MAX_LENGTH
     rows = None if data is None else read_rows(data)
     others = None if held_out is None else read_rows(held_out)
-    model, tokenizer = load_adapter(adapter, base, dtype)
+    with working(f"loading {adapter}"):
+        model, tokenizer = load_adapter(adapter, base, dtype)
     if rows is not None and others is None and len(rows) >= HELD_OUT:
         others = rows[HELD_OUT - 1 :: HELD_OUT]
         rows = [row for i, row in enumerate(rows) if i % HELD_OUT != HELD_OUT - 1]
@@ -108,7 +119,8 @@ def merge(
     else:
         from moeadapt.export.merge import merge as run
 
-        result = run(model, out, method, expert=expert, rank=rank, data=batches, held_out=held)
+        with working(f"merging by {method}"):
+            result = run(model, out, method, expert=expert, rank=rank, data=batches, held_out=held)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
     else:
@@ -166,6 +178,7 @@ def _distill(
             logging_steps=max(training.steps // 10, 1),
             save_strategy="no",
             report_to="none",
+            disable_tqdm=not watched(),
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         )
         return distill(
@@ -180,10 +193,9 @@ def _distill(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = result_console()
     menu = dict(found.get("menu", {}))
     if found.get("residuals") is not None:
         menu[found["method"]["name"]] = found["mean_residual"]

@@ -7,6 +7,7 @@ from typing import ParamSpec
 import typer
 
 from moeadapt.errors import ConfigError, MoeAdaptError, TrainingStopped, UnsupportedError
+from moeadapt.progress import silence
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -14,12 +15,16 @@ P = ParamSpec("P")
 
 
 def reports_errors(verb: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a verb: a `MoeAdaptError` becomes one message on stderr, without a traceback."""
+    """Decorate a verb: a `MoeAdaptError` becomes one message on stderr, without a traceback.
+
+    With `as_json` among the verb's options no progress is shown.
+    """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            verb(*args, **kwargs)
+            with silence(bool(kwargs.get("as_json"))):
+                verb(*args, **kwargs)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from None

@@ -16,6 +16,8 @@ from moeadapt.cli.adapters import (
     read_rows,
     to_device,
 )
+from moeadapt.cli.console import working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
 
@@ -27,7 +29,14 @@ DATA_HELP = (
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("report")(report)
+    app.command(
+        "report",
+        epilog=examples(
+            "moeadapt report outputs/smollm2_mixlora --data held-out.jsonl",
+            "moeadapt report outputs/smollm2_mixlora --data held-out.jsonl --log "
+            "outputs/smollm2_mixlora --out reports/first.html --json",
+        ),
+    )(report)
 
 
 @reports_errors
@@ -56,17 +65,18 @@ def report(
     check_out(out)
     if log is not None:
         find_training_log(log)
-    model, tokenizer = load_adapter(adapter, base, dtype)
-    found = run(
-        to_device(model, device),
-        tokenizer,
-        texts_by_domain(rows, tokenizer, max_texts),
-        out,
-        max_length=max_length,
-        batch_size=batch_size,
-        training_log=log,
-        title=Path(adapter).resolve().name,
-    )
+    with working(f"reporting on {adapter}"):
+        model, tokenizer = load_adapter(adapter, base, dtype)
+        found = run(
+            to_device(model, device),
+            tokenizer,
+            texts_by_domain(rows, tokenizer, max_texts),
+            out,
+            max_length=max_length,
+            batch_size=batch_size,
+            training_log=log,
+            title=Path(adapter).resolve().name,
+        )
     files = [str(path) for path in found.files]
     if as_json:
         numbers = found.data.to_json()

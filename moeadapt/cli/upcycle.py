@@ -6,12 +6,21 @@ from typing import Annotated, Any
 import typer
 
 from moeadapt.cli.adapters import check_dtype
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("upcycle")(upcycle)
+    app.command(
+        "upcycle",
+        epilog=examples(
+            "moeadapt upcycle embedded:smollm2-135m --out outputs/moe --num-experts 4",
+            "# one expert from each fine-tuned copy or LoRA adapter of the base",
+            "moeadapt upcycle embedded:smollm2-135m --out outputs/moe --source outputs/math "
+            "--source outputs/code",
+        ),
+    )(upcycle)
 
 
 @reports_errors

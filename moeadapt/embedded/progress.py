@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from moeadapt.progress import watched
+
 
 @contextmanager
 def progress_bar(
     label: str, total: int, *, shown: bool, in_bytes: bool = False
 ) -> Iterator[Callable[[int], None]]:
-    """Yield `show(done)`, which moves a bar on stderr, or does nothing when `shown` is false.
+    """Yield `show(done)`, which moves a bar on stderr, or does nothing when `shown` is false or nobody
+    watches.
 
     Args:
         label: what is being done, for a person.
@@ -16,7 +19,7 @@ def progress_bar(
         shown: false for silence.
         in_bytes: whether amounts are bytes; otherwise they are counts.
     """
-    if not shown:
+    if not (shown and watched()):
         yield lambda done: None
         return
     from rich import progress

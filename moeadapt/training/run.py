@@ -35,8 +35,12 @@ def build_trainer(recipe: Recipe) -> Any:
     )
 
 
-def run(recipe: Recipe) -> None:
+def run(recipe: Recipe) -> dict[str, Any]:
     """Train and save into the recipe's `output_dir`.
+
+    Returns:
+        `adapter`, the folder; `steps`; `train_loss`, the mean of the loss over all steps;
+        `seconds`.
 
     Raises:
         AssetError: see `build_trainer`.
@@ -46,6 +50,12 @@ def run(recipe: Recipe) -> None:
     """
     check_output_dir(recipe.trainer_args.output_dir)
     trainer = build_trainer(recipe)
-    trainer.train(resume_from_checkpoint=recipe.resume)
+    done = trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()
     trainer.save_state()
+    return {
+        "adapter": str(recipe.trainer_args.output_dir),
+        "steps": done.global_step,
+        "train_loss": done.training_loss,
+        "seconds": done.metrics.get("train_runtime"),
+    }
