@@ -84,4 +84,4 @@ def main() -> None:
         # What libraries tell each other about their next versions is not for a user to act on.
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-    app()
+    app(prog_name="moeadapt")

@@ -15,7 +15,7 @@ from moeadapt.cli.adapters import (
 )
 from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
-from moeadapt.errors import ConfigError
+from moeadapt.errors import ConfigError, did_you_mean
 
 PEFT_TYPES = ("MOEADAPT", "LORA")
 SETTINGS = "adapter_config.json"
@@ -101,6 +101,9 @@ def _is_adapter(model: str, base: str | None) -> bool:
         )
     if not folder.exists() and model.startswith((".", "/", "~")):
         raise ConfigError(f"there is no folder {model}")
+    if not folder.exists() and "/" not in model and ":" not in model:
+        near = did_you_mean(model, (path.name for path in Path().iterdir() if path.is_dir()))
+        typer.echo(f"no folder {model} here{near}; asking the hub for that name", err=True)
     return False
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from moeadapt.progress import watched
+from moeadapt.progress import spinner
 
 PIPE_WIDTH = 160
 """Columns of a table that goes to a file: rich would take 80."""
@@ -23,24 +23,13 @@ def result_console() -> Console:
 
 @contextmanager
 def working(label: str) -> Iterator[None]:
-    """Show on stderr that something goes on and for how long; nothing where nobody watches.
-
-    What other libraries show of their own is left out: one line says it.
-    """
-    with _libraries_quiet():
-        if not watched():
-            yield
-            return
-        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-        columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            progress.add_task(label, total=None)
-            yield
+    """Show on stderr that something goes on, in place of what other libraries show of their own."""
+    with libraries_quiet(), spinner(label):
+        yield
 
 
 @contextmanager
-def _libraries_quiet() -> Iterator[None]:
+def libraries_quiet() -> Iterator[None]:
     """Turn the bars of transformers and of the hub off, and on again if they were on."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
     from huggingface_hub.utils import enable_progress_bars as enable_hub

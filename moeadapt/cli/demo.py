@@ -22,7 +22,7 @@ def add_to(app: typer.Typer) -> None:
 def demo(
     out: str = typer.Option("outputs/demo", help="Folder to write adapters and results to."),
     steps: int = typer.Option(
-        0, help="Optimizer steps of each of the four; 0: as many as take about 7 minutes in all."
+        0, min=0, help="Optimizer steps of each of the four; 0: what takes about 7 minutes in all."
     ),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable results."),
 ) -> None:

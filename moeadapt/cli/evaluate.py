@@ -60,7 +60,9 @@ def add_to(app: typer.Typer) -> None:
 def evaluate(
     adapter: str = typer.Argument(help="Folder of a saved moeadapt or plain LoRA adapter."),
     data: str | None = typer.Option(
-        None, help="A .jsonl file of prompt and completion, messages, or text; maybe domain."
+        None,
+        help="A .jsonl file; each row has prompt and completion, or messages, or text, and may have "
+        "a domain.",
     ),
     against: str | None = typer.Option(
         None, help="Another adapter folder, or base: the arm to compare with, on the same rows."
@@ -90,7 +92,7 @@ def evaluate(
     max_length: int | None = typer.Option(
         None, min=2, help="Tokens of a row, the rest is cut; default: 1024, for --tasks all."
     ),
-    seed: int = typer.Option(0, help="Of the bootstrap."),
+    seed: int = typer.Option(0, help="Of the resampling behind the intervals."),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable results."),
     out: str | None = typer.Option(None, help="File to write the results to, new."),
 ) -> None:

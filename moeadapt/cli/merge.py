@@ -55,10 +55,14 @@ def merge(
     out: str = typer.Option(..., help="Folder to write, new or empty."),
     method: str = typer.Option(
         "least_squares",
-        help="least_squares, usage, uniform, single; sum, mean, top_k, svd; or distill.",
+        help="How the experts become one. On --data: least_squares (nearest to the mixture), usage "
+        "(by their mean weight), distill (trained to answer like it). Without: uniform, single (one "
+        "expert), sum, mean, top_k, svd.",
     ),
     data: str | None = typer.Option(
-        None, help="A .jsonl file of text, prompt and completion, or messages; maybe domain."
+        None,
+        help="A .jsonl file; each row has text, or prompt and completion, or messages, and may have "
+        "a domain.",
     ),
     held_out: str | None = typer.Option(
         None, help="Another such file for the losses; default: every fifth row of --data."
@@ -133,7 +137,10 @@ def _check(method: str, data: str | None, **given: Any) -> None:
 
     distills = method == "distill"
     if data is None and (distills or MERGES[method].needs_data):
-        raise ConfigError(f"--method {method} needs --data")
+        raise ConfigError(
+            f"--method {method} needs --data, rows on which the mixture is looked at; without any take "
+            "--method uniform"
+        )
     if not distills:
         MERGES[method]
     owners = {"--expert": "single", "--steps": "distill", "--learning-rate": "distill"}
@@ -199,7 +206,8 @@ def _print(found: dict[str, Any]) -> None:
     menu = dict(found.get("menu", {}))
     if found.get("residuals") is not None:
         menu[found["method"]["name"]] = found["mean_residual"]
-        table = Table("method", "residual", title="Mean residual (0 exact, 1 no adapter)")
+        console.print("Mean residual: 0 is the mixture exactly, 1 is no adapter at all")
+        table = Table("method", "residual")
         for name, value in sorted(menu.items(), key=lambda item: item[1]):
             table.add_row(name, f"{value:.3f}")
         console.print(table)

@@ -35,9 +35,11 @@ def methods(
         autocompletion=complete_kinds,
     ),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable entries."),
-    as_markdown: bool = typer.Option(False, "--markdown", help="Print docs/methods.md."),
+    as_markdown: bool = typer.Option(
+        False, "--markdown", help="Print every kind as the page docs/methods.md."
+    ),
     as_combinations: bool = typer.Option(
-        False, "--combinations", help="Print what goes together: docs/combinations.md."
+        False, "--combinations", help="Print what goes together, the page docs/combinations.md."
     ),
 ) -> None:
     """List routers, balance losses, expert types and presets, and where they were published."""

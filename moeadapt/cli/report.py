@@ -22,8 +22,8 @@ from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
 
 DATA_HELP = (
-    ".jsonl of rows that were not trained on: text, or prompt and completion, or messages; and "
-    "maybe domain."
+    "A .jsonl file of rows that were not trained on; each has text, or prompt and completion, or "
+    "messages, and may have a domain."
 )
 
 
@@ -47,7 +47,9 @@ def report(
     base: str | None = typer.Option(None, help=BASE_HELP),
     dtype: str = typer.Option("auto", help=DTYPE_HELP),
     device: str = typer.Option("auto", help=DEVICE_HELP),
-    log: str | None = typer.Option(None, help="trainer_state.json, or a folder that holds one."),
+    log: str | None = typer.Option(
+        None, help="The training log: trainer_state.json, or the run's folder."
+    ),
     max_length: int = typer.Option(256, help="Tokens of a text; the rest is cut."),
     max_texts: int | None = typer.Option(None, help="Texts per domain; default: all."),
     batch_size: int = typer.Option(8, help="Texts at a time."),

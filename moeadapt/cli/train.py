@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from moeadapt.cli.console import working
+from moeadapt.cli.console import libraries_quiet, working
 from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.cli.plan import (
@@ -67,7 +67,7 @@ def train(
 
         recipe.trainer_args.disable_tqdm = True
         datasets.disable_progress_bars()
-    with redirect_stdout(sys.stderr) if as_json else nullcontext():
+    with libraries_quiet(), redirect_stdout(sys.stderr) if as_json else nullcontext():
         done = run(recipe)
     if not recipe.trainer_args.should_save:  # another process of the same run says it
         return
@@ -75,6 +75,8 @@ def train(
         typer.echo(json.dumps(done))
         return
     typer.echo(f"wrote {done['adapter']}: {done['steps']} steps, loss {done['train_loss']:.4f}")
+    if recipe.objective.task_type == "CAUSAL_LM":
+        typer.echo(f"talk to it: moeadapt chat {done['adapter']}")
 
 
 def _plan(recipe: Any, title: str, as_json: bool) -> None:

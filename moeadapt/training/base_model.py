@@ -119,7 +119,7 @@ def _readable(run: RunArguments) -> Iterator[None]:
     except (OSError, ValueError) as error:
         raise AssetError(
             f"cannot load the base model {run.model_name_or_path!r}: "
-            f"{str(error).partition(chr(10))[0]}. Check the name and the network, or give a local "
+            f"{str(error).partition(chr(10))[0].rstrip('.')}. Check the name and the network, or give a local "
             "folder."
         ) from error
 
