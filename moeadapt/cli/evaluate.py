@@ -61,8 +61,8 @@ def evaluate(
     adapter: str = typer.Argument(help="Folder of a saved moeadapt or plain LoRA adapter."),
     data: str | None = typer.Option(
         None,
-        help="A .jsonl file; each row has prompt and completion, or messages, or text, and may have "
-        "a domain.",
+        help="A .jsonl file; each row has prompt and completion, or messages, or text, and may "
+        "have a domain.",
     ),
     against: str | None = typer.Option(
         None, help="Another adapter folder, or base: the arm to compare with, on the same rows."

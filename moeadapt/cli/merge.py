@@ -56,13 +56,13 @@ def merge(
     method: str = typer.Option(
         "least_squares",
         help="How the experts become one. On --data: least_squares (nearest to the mixture), usage "
-        "(by their mean weight), distill (trained to answer like it). Without: uniform, single (one "
-        "expert), sum, mean, top_k, svd.",
+        "(by their mean weight), distill (trained to answer like it). Without: uniform, single "
+        "(one expert), sum, mean, top_k, svd.",
     ),
     data: str | None = typer.Option(
         None,
-        help="A .jsonl file; each row has text, or prompt and completion, or messages, and may have "
-        "a domain.",
+        help="A .jsonl file; each row has text, or prompt and completion, or messages, and may "
+        "have a domain.",
     ),
     held_out: str | None = typer.Option(
         None, help="Another such file for the losses; default: every fifth row of --data."
@@ -138,8 +138,8 @@ def _check(method: str, data: str | None, **given: Any) -> None:
     distills = method == "distill"
     if data is None and (distills or MERGES[method].needs_data):
         raise ConfigError(
-            f"--method {method} needs --data, rows on which the mixture is looked at; without any take "
-            "--method uniform"
+            f"--method {method} needs --data, rows on which the mixture is looked at; without any "
+            "take --method uniform"
         )
     if not distills:
         MERGES[method]
