@@ -3,18 +3,21 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from moeadapt.progress import spinner
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PIPE_WIDTH = 160
 """Columns of a table that goes to a file: rich would take 80."""
 
 
-def result_console() -> Console:
+def result_console() -> "Console":
     """Return a console on stdout that prints text as it is; rich leaves colours out in a pipe."""
+    from rich.console import Console
+
     console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = PIPE_WIDTH
