@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from typing import Annotated
 
 import typer
 
@@ -13,7 +14,13 @@ OBJECTIVE_HELP = "What to train for: sft, dpo, kto, grpo, rloo or reward."
 
 CONFIG_HELP = "A recipe, a YAML file; `moeadapt recipes ls` lists those that come with moeadapt."
 
-OPEN_ENDED = {"allow_extra_args": True, "ignore_unknown_options": True}
+FLAGS = "--FIELD VALUE"
+
+FLAGS_HELP = (
+    "Any field of the recipe; it wins over the file. Nested ones take a dot: --moe.router.k 1."
+)
+
+OPEN_ENDED = {"ignore_unknown_options": True}
 """Every field of the recipe is a flag; the recipe's own parser refuses what it does not know."""
 
 
@@ -38,20 +45,17 @@ def complete_objectives(incomplete: str) -> list[str]:
 
 @reports_errors
 def plan(
-    context: typer.Context,
     objective: str = typer.Argument(help=OBJECTIVE_HELP, autocompletion=complete_objectives),
+    flags: Annotated[list[str] | None, typer.Argument(help=FLAGS_HELP, metavar=FLAGS)] = None,
     config: str | None = typer.Option(None, help=CONFIG_HELP),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable numbers."),
 ) -> None:
-    """Say what a run will cost: parameters, adapter bytes, estimated memory; needs no GPU.
-
-    Any field of the recipe can follow as a flag and wins over the file, nested ones with a dot.
-    """
+    """Say what a run will cost: parameters, adapter bytes, estimated memory; needs no GPU."""
     with working("counting"):
         from moeadapt.training.plan import plan_recipe
         from moeadapt.training.recipe import parse_recipe
 
-        numbers = plan_recipe(parse_recipe(objective, config, context.args))
+        numbers = plan_recipe(parse_recipe(objective, config, flags or ()))
     if as_json:
         typer.echo(json.dumps(numbers.to_dict(), indent=2))
         return

@@ -3,7 +3,7 @@
 import json
 import sys
 from contextlib import nullcontext, redirect_stdout
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -12,6 +12,8 @@ from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.cli.plan import (
     CONFIG_HELP,
+    FLAGS,
+    FLAGS_HELP,
     OBJECTIVE_HELP,
     OPEN_ENDED,
     complete_objectives,
@@ -37,8 +39,8 @@ def add_to(app: typer.Typer) -> None:
 
 @reports_errors
 def train(
-    context: typer.Context,
     objective: str = typer.Argument(help=OBJECTIVE_HELP, autocompletion=complete_objectives),
+    flags: Annotated[list[str] | None, typer.Argument(help=FLAGS_HELP, metavar=FLAGS)] = None,
     config: str | None = typer.Option(None, help=CONFIG_HELP),
     dry_run: bool = typer.Option(
         False, "--dry-run", help="Check the recipe and print the plan; no writes, no network."
@@ -49,13 +51,12 @@ def train(
 ) -> None:
     """Train an adapter with one of TRL's trainers and save it to the recipe's output_dir.
 
-    Any field of the recipe can follow as a flag and wins over the file, nested ones with a dot.
     Ctrl-C and SIGTERM write a complete checkpoint before the run ends.
     """
     with working("checking the recipe"):
         from moeadapt.training.recipe import parse_recipe
 
-        recipe = parse_recipe(objective, config, context.args)
+        recipe = parse_recipe(objective, config, flags or ())
     if dry_run:
         _plan(recipe, config or objective, as_json)
         return

@@ -9,6 +9,7 @@ from moeadapt.cli.adapters import check_dtype
 from moeadapt.cli.console import libraries_quiet
 from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
+from moeadapt.errors import ConfigError
 
 
 def add_to(app: typer.Typer) -> None:
@@ -82,6 +83,10 @@ def upcycle(
     as_json: bool = typer.Option(False, "--json", help="Print the receipt as JSON."),
 ) -> None:
     """Write a dense checkpoint as a mixture of its FFNs that transformers loads as it is."""
+    if num_experts is None and not source:
+        raise ConfigError(
+            "give --num-experts, how many experts to make of each FFN, or one --source per expert"
+        )
     import torch
 
     from moeadapt.export.upcycle import upcycle as write
@@ -118,8 +123,6 @@ def upcycle(
 
 
 def _texts(path: str | None) -> list[Any] | None:
-    from moeadapt.errors import ConfigError
-
     if path is None:
         return None
     try:

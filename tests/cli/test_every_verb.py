@@ -47,7 +47,7 @@ WRONG = {
     "report": (["report", ADAPTER, "--data", "nowhere.jsonl"], "cannot read nowhere.jsonl"),
     "split": (["split", ADAPTER, "--out", BASE], "is not an empty folder"),
     "train": (["train", "sft", "--config", "sft/smollm2_soft"], "recipes cp sft/smollm2_soft"),
-    "upcycle": (["upcycle", BASE, "--out", BASE], "is not an empty folder"),
+    "upcycle": (["upcycle", BASE, "--out", "x"], "give --num-experts"),
     "validate": (["validate", "stf"], "did you mean 'sft'?"),
 }
 

@@ -51,8 +51,8 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch):
+def open_terminal(monkeypatch):
+    """Make stderr a terminal; in the test itself, since pytest sets it anew for each phase."""
     stream = Terminal()
     monkeypatch.setattr(sys, "stderr", stream)
     for name in ("NO_COLOR", "FORCE_COLOR"):
@@ -61,7 +61,8 @@ def terminal(monkeypatch):
     return stream
 
 
-def test_a_terminal_sees_what_goes_on_and_stdout_stays_clean(terminal, capsys):
+def test_a_terminal_sees_what_goes_on_and_stdout_stays_clean(monkeypatch, capsys):
+    terminal = open_terminal(monkeypatch)
     with working("loading it"):
         pass
     assert "loading it" in terminal.getvalue()
@@ -74,7 +75,9 @@ def test_a_pipe_sees_no_progress(capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_json_shows_no_progress_on_a_terminal(terminal):
+def test_json_shows_no_progress_on_a_terminal(monkeypatch):
+    terminal = open_terminal(monkeypatch)
+
     @reports_errors
     def verb(*, as_json: bool) -> None:
         assert watched() is not as_json
@@ -87,7 +90,8 @@ def test_json_shows_no_progress_on_a_terminal(terminal):
     assert "loading it" in terminal.getvalue()
 
 
-def test_a_bar_hides_the_spinner_around_it(terminal):
+def test_a_bar_hides_the_spinner_around_it(monkeypatch):
+    terminal = open_terminal(monkeypatch)
     with spinner("around"):
         terminal.truncate(0)
         with alone():
