@@ -2,10 +2,12 @@
 
 import io
 import sys
+import warnings
 
 import typer
 
 from moeadapt.cli import (
+    chat,
     demo,
     doctor,
     evaluate,
@@ -14,24 +16,38 @@ from moeadapt.cli import (
     methods,
     plan,
     push,
+    recipes,
     report,
     split,
     train,
     upcycle,
     validate,
 )
+from moeadapt.cli.epilog import examples
 from moeadapt.version import __version__
+
+START = examples(
+    "moeadapt recipes cp sft/smollm2_mixlora my.yaml",
+    "moeadapt train sft --config my.yaml --output_dir outputs/first",
+    "moeadapt chat outputs/first",
+)
+
+EXIT_CODES = (
+    "[bold]Exit codes[/bold]\n\n0 done; 1 failed while working; 2 the input is wrong, nothing was "
+    "done; 130 interrupted (Ctrl-C); 143 terminated, `train` after a complete checkpoint."
+)
 
 app = typer.Typer(
     name="moeadapt",
     help="Mixtures of LoRA experts with adaptive routers, as a PEFT method.",
+    epilog=f"{START}\n\n{EXIT_CODES}",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 _VERBS = (
-    *(demo, train, validate, plan, methods, evaluate, report),
+    *(demo, recipes, train, validate, plan, methods, evaluate, report, chat),
     *(merge, split, upcycle, export, push, doctor),
 )
 for verb in _VERBS:
@@ -57,10 +73,16 @@ def _root(
 def main() -> None:
     """Run the command line.
 
-    Exit codes: 0 done, 1 failed while working, 2 the input is wrong, 130 interrupted.
+    Exit codes: 0 done; 1 failed while working; 2 the input is wrong, nothing was done; 130
+    interrupted (Ctrl-C); 143 terminated, `train` after a complete checkpoint. `doctor` also ends
+    with 2 when it finds errors.
     """
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character gets a question mark, not a traceback.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    app()
+    if not sys.warnoptions:
+        # What libraries tell each other about their next versions is not for a user to act on.
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+    app(prog_name="moeadapt")

@@ -4,13 +4,21 @@ import json
 
 import typer
 
-from moeadapt.cli.methods import PIPE_WIDTH
+from moeadapt.cli.console import result_console, working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import WRONG_INPUT, reports_errors
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("doctor")(doctor)
+    app.command(
+        "doctor",
+        epilog=examples(
+            "moeadapt doctor",
+            "moeadapt doctor outputs/smollm2_mixlora",
+            "moeadapt doctor outputs/smollm2_mixlora --base embedded:smollm2-135m --json",
+        ),
+    )(doctor)
 
 
 @reports_errors
@@ -29,24 +37,21 @@ def doctor(
     """
     from moeadapt.doctor.examine import examine
 
-    found = examine(folder, base)
+    with working("looking"):
+        found = examine(folder, base)
     errors = sum(finding.level == "error" for finding in found)
     warnings = sum(finding.level == "warning" for finding in found)
     if as_json:
         findings = [finding.to_dict() for finding in found]
         typer.echo(json.dumps({"errors": errors, "warnings": warnings, "findings": findings}))
     else:
-        from rich.console import Console
         from rich.table import Column, Table
 
-        console = Console(markup=False, emoji=False, highlight=False)
-        if not console.is_terminal:
-            console.width = PIPE_WIDTH
         table = Table("check", "", Column("what was found, why it matters, what to do"))
         for finding in found:
             parts = (finding.what, finding.why, finding.cure)
             table.add_row(finding.check, finding.level, "\n".join(part for part in parts if part))
-        console.print(table)
+        result_console().print(table)
         typer.echo(f"{errors} errors, {warnings} warnings")
     if errors:
         raise typer.Exit(WRONG_INPUT)

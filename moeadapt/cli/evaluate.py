@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from moeadapt.cli.adapters import BASE_HELP, DEVICE_HELP, DTYPE_HELP, load_adapter, to_device
+from moeadapt.cli.console import working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
 from moeadapt.rows import Row, read_rows
@@ -42,14 +44,25 @@ class _Job:
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("eval")(evaluate)
+    app.command(
+        "eval",
+        epilog=examples(
+            "moeadapt eval outputs/smollm2_mixlora --data held-out.jsonl",
+            "# is it better than the base, and than a plain LoRA?",
+            "moeadapt eval outputs/smollm2_mixlora --data held-out.jsonl --against base",
+            "moeadapt eval outputs/mixture --data held-out.jsonl --against outputs/plain-lora",
+            "moeadapt eval outputs/smollm2_mixlora --tasks hellaswag --limit 100 --json",
+        ),
+    )(evaluate)
 
 
 @reports_errors
 def evaluate(
     adapter: str = typer.Argument(help="Folder of a saved moeadapt or plain LoRA adapter."),
     data: str | None = typer.Option(
-        None, help="A .jsonl file of prompt and completion, messages, or text; maybe domain."
+        None,
+        help="A .jsonl file; each row has prompt and completion, or messages, or text, and may "
+        "have a domain.",
     ),
     against: str | None = typer.Option(
         None, help="Another adapter folder, or base: the arm to compare with, on the same rows."
@@ -79,7 +92,7 @@ def evaluate(
     max_length: int | None = typer.Option(
         None, min=2, help="Tokens of a row, the rest is cut; default: 1024, for --tasks all."
     ),
-    seed: int = typer.Option(0, help="Of the bootstrap."),
+    seed: int = typer.Option(0, help="Of the resampling behind the intervals."),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable results."),
     out: str | None = typer.Option(None, help="File to write the results to, new."),
 ) -> None:
@@ -117,7 +130,7 @@ def evaluate(
         seed=seed,
     )
     # What other libraries print is progress, and stdout is for the result.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), working(f"evaluating {adapter}"):
         found = _run(job, adapter, against, (base, dtype, device))
     text = json.dumps(found, indent=2)
     if out is not None:

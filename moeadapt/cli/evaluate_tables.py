@@ -5,10 +5,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moeadapt.cli.console import result_console
+
 
 def print_tables(found: dict[str, Any]) -> None:
     """Print the results, as `moeadapt eval --json` has them."""
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = result_console()
     other = found.get("other", {})
     if "data" in found:
         _print_losses(console, "adapter", found["data"])

@@ -7,22 +7,35 @@ from typing import Annotated
 import typer
 
 from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, check_dtype, load_adapter, read_config
+from moeadapt.cli.console import libraries_quiet, working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("export")(export)
+    app.command(
+        "export",
+        epilog=examples(
+            "moeadapt export outputs/smollm2_mixlora --out outputs/stock",
+            "moeadapt export outputs/smollm2_mixlora --out outputs/served --engines vllm "
+            "--engines llama.cpp --dtype bfloat16",
+        ),
+    )(export)
 
 
 @reports_errors
 def export(
     adapter: str = typer.Argument(help=ADAPTER_HELP),
     out: str = typer.Option(..., help="Folder to write, new or empty."),
-    target: str = typer.Option("auto", help="A stock class, such as mixtral or glm4_moe."),
+    target: str = typer.Option(
+        "auto", help="A stock MoE class of transformers: mixtral, glm4_moe ...; auto: what fits."
+    ),
     engines: Annotated[
         list[str] | None,
-        typer.Option(help="Where it must run: transformers, vllm, sglang, llama.cpp; repeat."),
+        typer.Option(
+            help="What must be able to run it: transformers, vllm, sglang, llama.cpp; repeat."
+        ),
     ] = None,
     dtype: str | None = typer.Option(
         None, help="On disk: float32, bfloat16 or float16; default: that of the base."
@@ -49,26 +62,32 @@ def export(
     check_folder(out)
     check_settings(read_config(adapter))
     # In float32 also the base runs so: a base in less could not show a difference of 1e-4.
-    model, tokenizer = load_adapter(adapter, base, "float32" if dtype == "float32" else "auto")
+    with working(f"loading {adapter}"):
+        model, tokenizer = load_adapter(adapter, base, "float32" if dtype == "float32" else "auto")
 
     import torch
 
     from moeadapt.export.export import export as write
 
-    receipt = write(
-        model,
-        out,
-        target,
-        engines or ("transformers",),
-        None if dtype is None else getattr(torch, dtype),
-        None if lines is None else [tokenizer(line)["input_ids"] for line in lines],
-        tolerance,
-        untie=untie,
-        verify=verify,
-        tokenizer=tokenizer,
-        max_shard_bytes=max_shard_mb * 10**6,
-    )
-    typer.echo(json.dumps(receipt.to_dict(), indent=2) if as_json else receipt.text())
+    with libraries_quiet():
+        receipt = write(
+            model,
+            out,
+            target,
+            engines or ("transformers",),
+            None if dtype is None else getattr(torch, dtype),
+            None if lines is None else [tokenizer(line)["input_ids"] for line in lines],
+            tolerance,
+            untie=untie,
+            verify=verify,
+            tokenizer=tokenizer,
+            max_shard_bytes=max_shard_mb * 10**6,
+        )
+    if as_json:
+        typer.echo(json.dumps(receipt.to_dict(), indent=2))
+        return
+    typer.echo(receipt.text())
+    typer.echo(f"wrote {out}")
 
 
 def _lines(path: str) -> list[str]:

@@ -16,8 +16,11 @@ from moeadapt.cli.adapters import (
     read_rows,
     to_batches,
 )
+from moeadapt.cli.console import result_console, working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
+from moeadapt.progress import watched
 
 HELD_OUT = 5
 """Every so many rows of the data, one is held out for the losses."""
@@ -36,7 +39,14 @@ class _Training:
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("merge")(merge)
+    app.command(
+        "merge",
+        epilog=examples(
+            "moeadapt merge outputs/smollm2_mixlora --out outputs/merged --data train.jsonl",
+            "moeadapt merge outputs/smollm2_mixlora --out outputs/expert3 --method single "
+            "--expert 3",
+        ),
+    )(merge)
 
 
 @reports_errors
@@ -45,10 +55,14 @@ def merge(
     out: str = typer.Option(..., help="Folder to write, new or empty."),
     method: str = typer.Option(
         "least_squares",
-        help="least_squares, usage, uniform, single; sum, mean, top_k, svd; or distill.",
+        help="How the experts become one. On --data: least_squares (nearest to the mixture), usage "
+        "(by their mean weight), distill (trained to answer like it). Without: uniform, single "
+        "(one expert), sum, mean, top_k, svd.",
     ),
     data: str | None = typer.Option(
-        None, help="A .jsonl file of text, prompt and completion, or messages; maybe domain."
+        None,
+        help="A .jsonl file; each row has text, or prompt and completion, or messages, and may "
+        "have a domain.",
     ),
     held_out: str | None = typer.Option(
         None, help="Another such file for the losses; default: every fifth row of --data."
@@ -88,7 +102,8 @@ def merge(
     max_length = max_length or DEFAULT_MAX_LENGTH
     rows = None if data is None else read_rows(data)
     others = None if held_out is None else read_rows(held_out)
-    model, tokenizer = load_adapter(adapter, base, dtype)
+    with working(f"loading {adapter}"):
+        model, tokenizer = load_adapter(adapter, base, dtype)
     if rows is not None and others is None and len(rows) >= HELD_OUT:
         others = rows[HELD_OUT - 1 :: HELD_OUT]
         rows = [row for i, row in enumerate(rows) if i % HELD_OUT != HELD_OUT - 1]
@@ -108,7 +123,8 @@ def merge(
     else:
         from moeadapt.export.merge import merge as run
 
-        result = run(model, out, method, expert=expert, rank=rank, data=batches, held_out=held)
+        with working(f"merging by {method}"):
+            result = run(model, out, method, expert=expert, rank=rank, data=batches, held_out=held)
     if as_json:
         typer.echo(json.dumps(result.to_dict(), indent=2))
     else:
@@ -121,7 +137,10 @@ def _check(method: str, data: str | None, **given: Any) -> None:
 
     distills = method == "distill"
     if data is None and (distills or MERGES[method].needs_data):
-        raise ConfigError(f"--method {method} needs --data")
+        raise ConfigError(
+            f"--method {method} needs --data, rows on which the mixture is looked at; without any "
+            "take --method uniform"
+        )
     if not distills:
         MERGES[method]
     owners = {"--expert": "single", "--steps": "distill", "--learning-rate": "distill"}
@@ -166,6 +185,7 @@ def _distill(
             logging_steps=max(training.steps // 10, 1),
             save_strategy="no",
             report_to="none",
+            disable_tqdm=not watched(),
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         )
         return distill(
@@ -180,14 +200,14 @@ def _distill(
 
 
 def _print(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = result_console()
     menu = dict(found.get("menu", {}))
     if found.get("residuals") is not None:
         menu[found["method"]["name"]] = found["mean_residual"]
-        table = Table("method", "residual", title="Mean residual (0 exact, 1 no adapter)")
+        console.print("Mean residual: 0 is the mixture exactly, 1 is no adapter at all")
+        table = Table("method", "residual")
         for name, value in sorted(menu.items(), key=lambda item: item[1]):
             table.add_row(name, f"{value:.3f}")
         console.print(table)

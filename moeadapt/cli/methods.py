@@ -4,30 +4,47 @@ import json
 
 import typer
 
+from moeadapt.cli.console import result_console, working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 
-PIPE_WIDTH = 160
-"""Columns of a table that goes to a file: rich would take 80."""
+KINDS = ("balance", "experts", "preset", "router")
+"""As in `moeadapt.catalogue.KINDS`, which takes torch to import."""
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("methods")(methods)
+    app.command(
+        "methods",
+        epilog=examples(
+            "moeadapt methods", "moeadapt methods router", "moeadapt methods preset --json"
+        ),
+    )(methods)
+
+
+def complete_kinds(incomplete: str) -> list[str]:
+    """Return the kinds that begin like what was typed, for the shell."""
+    return [kind for kind in KINDS if kind.startswith(incomplete)]
 
 
 @reports_errors
 def methods(
     kind: str | None = typer.Argument(
-        None, help="router, balance, experts or preset; all if none."
+        None,
+        help="router, balance, experts or preset; default: all.",
+        autocompletion=complete_kinds,
     ),
     as_json: bool = typer.Option(False, "--json", help="Print machine-readable entries."),
-    as_markdown: bool = typer.Option(False, "--markdown", help="Print docs/methods.md."),
+    as_markdown: bool = typer.Option(
+        False, "--markdown", help="Print every kind as the page docs/methods.md."
+    ),
     as_combinations: bool = typer.Option(
-        False, "--combinations", help="Print what goes together: docs/combinations.md."
+        False, "--combinations", help="Print what goes together, the page docs/combinations.md."
     ),
 ) -> None:
     """List routers, balance losses, expert types and presets, and where they were published."""
-    from moeadapt import catalogue
+    with working("reading the registries"):
+        from moeadapt import catalogue
     from moeadapt.errors import ConfigError, did_you_mean
 
     if kind is not None and kind not in catalogue.KINDS:
@@ -51,12 +68,9 @@ def methods(
     if as_json:
         typer.echo(json.dumps([method.to_dict() for method in found], indent=2))
         return
-    from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
-    if not console.is_terminal:
-        console.width = PIPE_WIDTH
+    console = result_console()
     for name, (title, _) in catalogue.KINDS.items():
         if kind in (None, name):
             source = Column("source", overflow="fold")

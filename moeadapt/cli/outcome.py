@@ -8,6 +8,7 @@ import typer
 
 from moeadapt.errors import ConfigError, MoeAdaptError, TrainingStopped, UnsupportedError
 from moeadapt.extras import needs_extra
+from moeadapt.progress import silence
 
 FAILED, WRONG_INPUT, INTERRUPTED = 1, 2, 130
 
@@ -15,12 +16,15 @@ P = ParamSpec("P")
 
 
 def reports_errors(verb: Callable[P, None]) -> Callable[P, None]:
-    """Decorate a verb: a `MoeAdaptError` becomes one message on stderr, without a traceback."""
+    """Decorate a verb: a `MoeAdaptError` becomes one message on stderr, without a traceback.
+
+    With `as_json` among the verb's options no progress is shown.
+    """
 
     @functools.wraps(verb)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
-            with needs_extra():
+            with silence(bool(kwargs.get("as_json"))), needs_extra():
                 verb(*args, **kwargs)
         except KeyboardInterrupt:
             typer.echo("interrupted", err=True)

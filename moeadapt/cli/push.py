@@ -7,23 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
-
-EXAMPLES = """
-Examples:
-
-  moeadapt push outputs/math ann/math --license apache-2.0 --dry-run
-
-  moeadapt push outputs/math ann/math --license apache-2.0 --recipe math.yaml --report report.html
-
-  moeadapt push my-moe ann/math-moe --license apache-2.0 --private
-"""
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("push", epilog=EXAMPLES)(push)
+    app.command(
+        "push",
+        epilog=examples(
+            "moeadapt push outputs/math ann/math --license apache-2.0 --dry-run",
+            "moeadapt push outputs/math ann/math --license apache-2.0 --report report.html",
+            "# a stock checkpoint that export or upcycle wrote",
+            "moeadapt push my-moe ann/math-moe --license apache-2.0 --private",
+        ),
+    )(push)
 
 
 @reports_errors

@@ -16,18 +16,27 @@ from moeadapt.cli.adapters import (
     read_rows,
     to_device,
 )
+from moeadapt.cli.console import working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
 
 DATA_HELP = (
-    ".jsonl of rows that were not trained on: text, or prompt and completion, or messages; and "
-    "maybe domain."
+    "A .jsonl file of rows that were not trained on; each has text, or prompt and completion, or "
+    "messages, and may have a domain."
 )
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("report")(report)
+    app.command(
+        "report",
+        epilog=examples(
+            "moeadapt report outputs/smollm2_mixlora --data held-out.jsonl",
+            "moeadapt report outputs/smollm2_mixlora --data held-out.jsonl --log "
+            "outputs/smollm2_mixlora --out reports/first.html --json",
+        ),
+    )(report)
 
 
 @reports_errors
@@ -38,7 +47,9 @@ def report(
     base: str | None = typer.Option(None, help=BASE_HELP),
     dtype: str = typer.Option("auto", help=DTYPE_HELP),
     device: str = typer.Option("auto", help=DEVICE_HELP),
-    log: str | None = typer.Option(None, help="trainer_state.json, or a folder that holds one."),
+    log: str | None = typer.Option(
+        None, help="The training log: trainer_state.json, or the run's folder."
+    ),
     max_length: int = typer.Option(256, help="Tokens of a text; the rest is cut."),
     max_texts: int | None = typer.Option(None, help="Texts per domain; default: all."),
     batch_size: int = typer.Option(8, help="Texts at a time."),
@@ -56,17 +67,18 @@ def report(
     check_out(out)
     if log is not None:
         find_training_log(log)
-    model, tokenizer = load_adapter(adapter, base, dtype)
-    found = run(
-        to_device(model, device),
-        tokenizer,
-        texts_by_domain(rows, tokenizer, max_texts),
-        out,
-        max_length=max_length,
-        batch_size=batch_size,
-        training_log=log,
-        title=Path(adapter).resolve().name,
-    )
+    with working(f"reporting on {adapter}"):
+        model, tokenizer = load_adapter(adapter, base, dtype)
+        found = run(
+            to_device(model, device),
+            tokenizer,
+            texts_by_domain(rows, tokenizer, max_texts),
+            out,
+            max_length=max_length,
+            batch_size=batch_size,
+            training_log=log,
+            title=Path(adapter).resolve().name,
+        )
     files = [str(path) for path in found.files]
     if as_json:
         numbers = found.data.to_json()

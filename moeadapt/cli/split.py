@@ -5,12 +5,17 @@ import json
 import typer
 
 from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, DTYPE_HELP, load_adapter
+from moeadapt.cli.console import working
+from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 
 
 def add_to(app: typer.Typer) -> None:
     """Register the verb."""
-    app.command("split")(split)
+    app.command(
+        "split",
+        epilog=examples("moeadapt split outputs/smollm2_mixlora --out outputs/experts"),
+    )(split)
 
 
 @reports_errors
@@ -26,8 +31,9 @@ def split(
     from moeadapt.hidden_folder import check_folder
 
     check_folder(out)
-    model, _ = load_adapter(adapter, base, dtype)
-    folders = {name: str(path) for name, path in run(model, out).items()}
+    with working(f"splitting {adapter}"):
+        model, _ = load_adapter(adapter, base, dtype)
+        folders = {name: str(path) for name, path in run(model, out).items()}
     if as_json:
         typer.echo(json.dumps(folders, indent=2))
         return

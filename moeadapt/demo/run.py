@@ -38,6 +38,7 @@ from moeadapt.demo.routing import write_report
 from moeadapt.demo.stock import TARGET, export_stock, make_room
 from moeadapt.embedded import TASKS, load_task, mix, resolve_model
 from moeadapt.errors import MoeAdaptError
+from moeadapt.progress import watched
 from moeadapt.report.report import load_render
 
 BASE = "embedded:smollm2-135m"
@@ -85,7 +86,7 @@ def run_demo(out: str, *, steps: int = 0, as_json: bool = False) -> dict[str, An
     before = _generate(base, tokenizer, test)
     models: dict[str, Any] = {}
     for arm in arms:
-        with _bar(console, arm.name, steps) as on_step:
+        with _bar(arm.name, steps) as on_step:
             models[arm.name] = train_arm(
                 arm, base_path, tokenizer, rows, steps=steps, out=folder, on_step=on_step
             )
@@ -153,7 +154,7 @@ def _affordable_steps(base_path: str, tokenizer: Any, rows: list[dict[str, str]]
 
 
 @contextmanager
-def _bar(console: Console, name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
+def _bar(name: str, steps: int) -> Iterator[Callable[[int, float], None]]:
     """Show a progress bar for one arm; yields what to call with the step and its loss."""
     columns = (
         TextColumn("{task.description:<42}"),
@@ -162,7 +163,7 @@ def _bar(console: Console, name: str, steps: int) -> Iterator[Callable[[int, flo
         TimeElapsedColumn(),
         TextColumn("loss {task.fields[loss]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not watched()) as progress:
         task = progress.add_task(name, total=steps, loss="-")
         yield lambda step, loss: progress.update(task, completed=step, loss=f"{float(loss):.3f}")
 

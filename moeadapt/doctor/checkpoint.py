@@ -12,8 +12,11 @@ def checkpoints(subject: Subject) -> Iterator[Finding]:
     from moeadapt.training.checkpoint_files import inspect_checkpoint as inspect
     from moeadapt.training.resume import list_checkpoints
 
-    own = [subject.place] if any((subject.place / n).exists() for n in (STATE, MARKER)) else []
-    for folder in (*own, *list_checkpoints(subject.place)):
+    place = subject.place
+    # What a finished run saves beside its checkpoints has a state, too, and nothing to resume from.
+    resumes = place.name.startswith("checkpoint-") or (place / OPTIMIZER).exists()
+    own = [place] if (place / MARKER).exists() or ((place / STATE).exists() and resumes) else []
+    for folder in (*own, *list_checkpoints(place)):
         random = sorted(path.name for path in folder.glob("rng_state*.pth")) or ["rng_state.pth"]
         found = inspect(folder, (OPTIMIZER, SCHEDULER, *random))
         yield from _findings(folder, found.damaged, found.missing, found.hostile)

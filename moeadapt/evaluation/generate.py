@@ -104,7 +104,7 @@ def _generate(
         min_length=0,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=answer_ends(model, tokenizer),
     )
     out = model.generate(
         input_ids=ids_BS.to(device), attention_mask=mask_BS.to(device), generation_config=settings
@@ -112,7 +112,7 @@ def _generate(
     return [_until_end(ids, settings.eos_token_id) for ids in out[:, width:].tolist()]
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def answer_ends(model: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the tokenizer's, and those the model knows of."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     known = [*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id]

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from moeadapt.progress import watched
+
 PATIENCE = 2.0
 """Seconds before a bar appears."""
 
@@ -37,7 +39,8 @@ def byte_progress(title: str, total: int) -> Iterator[Bytes]:
         DownloadColumn(),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    progress = Progress(*columns, console=console, transient=True, disable=not watched())
     counter = Bytes(progress, progress.add_task(title, total=total))
     try:
         yield counter

@@ -35,7 +35,7 @@ def with_first_lines(card: str, where: str) -> str:
     if has_our_part(card):
         return card
     fields = {"library_name": "peft", "tags": ["moeadapt", "mixture-of-experts"]}
-    return make_card(fields, "\n\n".join(first_lines()), card, where)
+    return make_card(fields, "\n\n".join(first_lines()), card, where, keep_draft=True)
 
 
 def has_our_part(card: str) -> bool:

@@ -20,7 +20,9 @@ UNITED = ("tags", "datasets")
 """Lists that keep the owner's entries."""
 
 
-def make_card(fields: dict[str, Any], part: str, old: str | None, where: str) -> str:
+def make_card(
+    fields: dict[str, Any], part: str, old: str | None, where: str, *, keep_draft: bool = False
+) -> str:
     """Return the text of README.md.
 
     Args:
@@ -28,6 +30,7 @@ def make_card(fields: dict[str, Any], part: str, old: str | None, where: str) ->
         part: our part, Markdown.
         old: the README.md that is there; None: none.
         where: it is, named in messages.
+        keep_draft: keep the text of a draft that a library made, too.
 
     Raises:
         ConfigError: the old front matter is no YAML mapping, or the marks are broken.
@@ -35,7 +38,7 @@ def make_card(fields: dict[str, Any], part: str, old: str | None, where: str) ->
     block = f"{BEGIN}\n{part.strip()}\n{END}"
     card = read_card(old, where)
     card.data = ModelCardData(**_fields(fields, card.data.to_dict()))
-    card.text = _text(block, card.text, where)
+    card.text = _text(block, card.text, where, keep_draft)
     return _front_first(str(card))
 
 
@@ -91,18 +94,21 @@ def _kept(name: str, values: list[Any]) -> list[Any]:
     return [value for value in values if not str(value).startswith("base_model:")]
 
 
-def _text(block: str, text: str, where: str) -> str:
+def _text(block: str, text: str, where: str, keep_draft: bool) -> str:
     begins = list(_BEGIN.finditer(text))
     ends = [match.start() for match in re.finditer(re.escape(END), text)]
     if not begins and not ends:
-        own = "" if is_template(text) else text.strip("\n")
+        own = "" if is_template(text) and not keep_draft else text.strip("\n")
         return f"\n{block}\n" + (f"\n{own}\n" if own else "")
     if len(begins) != 1 or len(ends) != 1 or ends[0] < begins[0].end():
         raise ConfigError(
             f"{where}: holds {len(begins)} marks <!-- moeadapt:begin ... --> and {len(ends)} marks "
             f"{END}; leave one of each, in this order, or none"
         )
-    return text[: begins[0].start()] + block + text[ends[0] + len(END) :]
+    before, after = text[: begins[0].start()], text[ends[0] + len(END) :]
+    if is_template(before + after) and not keep_draft:
+        return f"\n{block}\n"
+    return before + block + after
 
 
 def _front_first(text: str) -> str:

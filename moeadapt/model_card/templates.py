@@ -14,14 +14,39 @@ _GENERATED = (
     r"This model card has been automatically generated\.",
 )
 
+_TRL = re.compile(r"^It has been trained using \[TRL\]\(.*\)\.$", re.MULTILINE)
+_TRL_CITATION = re.compile(r"^Cite .+ as:\s*```bibtex\n.*?^```$", re.MULTILINE | re.DOTALL)
+_TRL_LINES = (
+    r"# Model Card for .+",
+    r"This model is a fine-tuned version of \[.*\]\(https://huggingface\.co/.*\).*\.",
+    r"It has been trained using \[TRL\]\(.*\)\.",
+    r"## (Quick start|Training procedure|Citations)",
+    r"```(python)?",
+    r"from transformers import pipeline",
+    r'question = "If you had a time machine, .*"',
+    r'text = "The capital of France is Paris\."',
+    r"(generator|rewarder) = pipeline\(.*\)",
+    r"output = (generator|rewarder)\(.*",
+    r'print\(output\["(generated_text|score)"\]\)',
+    r"(\[<img src=.*\]\(.*\) *)+",
+    r"This model was trained with [\w-]+(, a method introduced in \[.*\]\(.*\))?\.",
+    r"### Framework versions",
+    r"- (PEFT|TRL:|Transformers:|Pytorch:|Datasets:|Tokenizers:) [\w.+-]+",
+)
+"""The draft of TRL's trainers: its sentences, whatever model, method and versions they name."""
+
 
 def is_template(text: str) -> bool:
-    """Whether every line of a card's text is one of PEFT's or transformers' empty template.
+    """Whether every line of a card's text is one of a draft of PEFT, transformers or TRL.
 
     Example:
         >>> is_template("# Model Card for Model ID"), is_template("# My model")
         (True, False)
     """
+    if _TRL.search(text):
+        rest = _TRL_CITATION.sub("", text).splitlines()
+        lines = [line.strip() for line in rest if line.strip()]
+        return all(any(re.fullmatch(one, line) for one in _TRL_LINES) for line in lines)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return bool(lines) and all(line in _known() or _is_generated(line) for line in lines)
 

@@ -117,10 +117,10 @@ def _readable(run: RunArguments) -> Iterator[None]:
     except AssetError:
         raise
     except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise AssetError(
-            f"cannot load the base model {run.model_name_or_path!r}: "
-            f"{str(error).partition(chr(10))[0]}. Check the name and the network, or give a local "
-            "folder."
+            f"cannot load the base model {run.model_name_or_path!r}: {reason}. Check the name and "
+            "the network, or give a local folder."
         ) from error
 
 

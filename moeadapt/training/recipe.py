@@ -7,6 +7,7 @@ nested fields take a dot: `--moe.router.k 1`.
 """
 
 import argparse
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -95,6 +96,7 @@ class Recipe:
         trainer_args: TRL's config of the objective.
         adapter: a mixture of LoRA experts, or a plain LoRA.
         source: the file it came from, for messages.
+        settings: what file and flags say, nested as in the file.
     """
 
     objective: Objective
@@ -102,6 +104,7 @@ class Recipe:
     trainer_args: Any
     adapter: PeftConfig
     source: str
+    settings: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_mixture(self) -> bool:
@@ -153,6 +156,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
     for key, value in read_flags(flags).items():
         set_nested(values, key, value)
         places.set_by_flag(key)
+    settings = copy.deepcopy(values)
     classes = (RunArguments, goal.config_class())
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     refuse_unknown(values, known | set(SECTIONS), places)
@@ -181,6 +185,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         trainer_args=trainer_args,
         adapter=adapter,
         source=source,
+        settings=settings,
     )
 
 

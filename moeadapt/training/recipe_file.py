@@ -14,7 +14,8 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from moeadapt.errors import ConfigError
+from moeadapt.errors import ConfigError, MoeAdaptError
+from moeadapt.recipes import shipped_recipes
 from moeadapt.training.places import Path as SettingPath
 from moeadapt.training.places import Places
 
@@ -114,7 +115,7 @@ def read_recipe(path: str) -> tuple[dict[str, Any], Places]:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(f"{path}:{line}: not a recipe: {error.reason}") from None
     if node is None:
-        raise ConfigError(f"{path}:1: the recipe is empty; see configs/<objective>/*.yaml")
+        raise ConfigError(f"{path}:1: the recipe is empty; `moeadapt recipes ls` lists examples")
     if not isinstance(values, dict):
         raise ConfigError(
             f"{path}:{node.start_mark.line + 1}: a recipe is a mapping of settings, found a "
@@ -130,7 +131,7 @@ def _read_text(path: str) -> str:
             data = file.read(MAX_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read the recipe {path}: {reason}") from None
+        raise ConfigError(f"cannot read the recipe {path}: {reason}{_where_from(path)}") from None
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_BYTES} bytes, which no recipe is")
     try:
@@ -138,6 +139,20 @@ def _read_text(path: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(f"{path}:{line}: not UTF-8 text: {error.reason}") from None
+
+
+def _where_from(path: str) -> str:
+    """Return what to do about a recipe that is not there."""
+    name = path.removesuffix(".yaml").removeprefix("configs/")
+    try:
+        if Path(path).exists():
+            return ""
+        shipped = name in shipped_recipes()
+    except (OSError, ValueError, MoeAdaptError):  # no path at all; no recipes here
+        return ""
+    if shipped:
+        return f"; `moeadapt recipes cp {name}` copies it from the ones that come with moeadapt"
+    return "; `moeadapt recipes ls` lists those that come with moeadapt"
 
 
 def _parse(text: str) -> tuple[Any, Node | None]:

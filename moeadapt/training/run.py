@@ -6,8 +6,10 @@ from moeadapt.training.base_model import load_base
 from moeadapt.training.data import load_data
 from moeadapt.training.output_folder import check_output_dir
 from moeadapt.training.recipe import Recipe
+from moeadapt.training.recipe_copy import write_recipe
 from moeadapt.training.rewards import get_reward
 from moeadapt.training.stock_moe import fit_to_stock_moe
+from moeadapt.version import __version__
 
 
 def build_trainer(recipe: Recipe) -> Any:
@@ -35,8 +37,12 @@ def build_trainer(recipe: Recipe) -> Any:
     )
 
 
-def run(recipe: Recipe) -> None:
-    """Train and save into the recipe's `output_dir`.
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Train and save into the recipe's `output_dir`, its settings as `recipe.yaml` beside it.
+
+    Returns:
+        `adapter`, the folder; `steps`; `train_loss`, the mean of the loss over all steps;
+        `seconds`.
 
     Raises:
         AssetError: see `build_trainer`.
@@ -46,6 +52,15 @@ def run(recipe: Recipe) -> None:
     """
     check_output_dir(recipe.trainer_args.output_dir)
     trainer = build_trainer(recipe)
-    trainer.train(resume_from_checkpoint=recipe.resume)
+    done = trainer.train(resume_from_checkpoint=recipe.resume)
     trainer.save_model()
     trainer.save_state()
+    if recipe.trainer_args.should_save:
+        folder = recipe.trainer_args.output_dir
+        write_recipe(recipe.objective.name, recipe.settings, folder, __version__)
+    return {
+        "adapter": str(recipe.trainer_args.output_dir),
+        "steps": done.global_step,
+        "train_loss": done.training_loss,
+        "seconds": done.metrics.get("train_runtime"),
+    }

@@ -5,9 +5,8 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from moeadapt.version import __version__
+from tests.cli.calls import call
 
 CLI = [sys.executable, "-c", "from moeadapt.cli import main; main()"]
 
@@ -51,8 +50,8 @@ def test_an_unknown_verb_exits_with_2():
 def test_an_unknown_recipe_key_exits_with_2_and_names_line_and_nearest(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("model_name_or_path: x\nlearning_rat: 1.0e-4\n")
-    done = run_cli("train", "sft", "--config", str(recipe))
-    assert done.returncode == 2
+    done = call("train", "sft", "--config", str(recipe))
+    assert done.exit_code == 2
     assert f"{recipe}:2: unknown setting 'learning_rat'; did you mean 'learning_rate'?" in (
         done.stderr
     )
@@ -65,18 +64,9 @@ def test_plan_prints_json_for_a_local_model(tmp_path):
     base = saved_base("llama", tmp_path)
     flags = ["--model_name_or_path", str(base), "--output_dir", str(tmp_path), "--use_cpu"]
     moe = ["--moe.target_modules", "all-linear", "--moe.r", "2", "--moe.num_experts", "4"]
-    done = run_cli("plan", "sft", "--json", *flags, *moe)
-    assert done.returncode == 0, done.stderr
+    done = call("plan", "sft", "--json", *flags, *moe)
+    assert done.exit_code == 0, done.stderr
     numbers = json.loads(done.stdout)
     assert numbers["targets"] == 14
     assert numbers["routers"] == 14
     assert numbers["active"] < numbers["trainable"]
-
-
-VERBS = ["train", "validate", "plan", "demo", "methods", "merge", "split"]
-VERBS += ["report", "eval", "export", "upcycle", "doctor"]
-
-
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_has_help(verb):
-    assert run_cli(verb, "--help").returncode == 0

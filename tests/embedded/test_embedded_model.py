@@ -242,12 +242,19 @@ def test_two_at_once_build_one_model(supplied: TinyFile, monkeypatch: pytest.Mon
     assert found[0] == found[1]
 
 
-def test_progress_goes_to_stderr_and_only_when_asked(
-    supplied: TinyFile, cache: Path, capsys: pytest.CaptureFixture[str]
+def test_progress_goes_to_stderr_and_only_when_asked_and_watched(
+    supplied: TinyFile,
+    cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = Path(resolve_model(NAME, progress=False))
     assert capsys.readouterr() == ("", "")
     (folder / "config.json").unlink()
+    resolve_model(NAME, progress=True)
+    assert capsys.readouterr() == ("", "")
+    (folder / "config.json").unlink()
+    monkeypatch.setattr("moeadapt.embedded.progress.watched", lambda: True)
     resolve_model(NAME, progress=True)
     out, err = capsys.readouterr()
     assert out == ""

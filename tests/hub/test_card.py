@@ -2,8 +2,10 @@
 
 import pytest
 import yaml
+from trl.trainer.utils import generate_model_card
 
 from moeadapt.errors import ConfigError
+from moeadapt.model_card.first_lines import with_first_lines
 from moeadapt.model_card.merge import BEGIN, END, make_card, own_text
 from moeadapt.model_card.templates import is_template
 
@@ -108,3 +110,31 @@ def test_a_value_cannot_leave_its_cell_or_become_html():
     from moeadapt.model_card.markdown import table
 
     assert table(["a"], [["x|y\n<script>"]]).splitlines()[2] == "| x\\|y \\<script\\> |"
+
+
+@pytest.mark.parametrize("template", ["lm_model_card.md", "rm_model_card.md"])
+@pytest.mark.parametrize("paper", [None, "2305.18290"])
+def test_a_draft_of_trl_goes_and_one_with_a_word_of_its_own_stays(template, paper):
+    draft = generate_model_card(
+        base_model="ann/base",
+        model_name="sums",
+        hub_model_id="ann/sums",
+        dataset_name="ann/rows",
+        tags=["trl"],
+        wandb_url="https://wandb.ai/run",
+        trackio_url=None,
+        comet_url=None,
+        trainer_name="DPO",
+        template_file=template,
+        trainer_citation="@article{a,\n  title = {A}\n}" if paper else None,
+        paper_title="A paper" if paper else None,
+        paper_id=paper,
+    ).content
+    assert own_text(draft) == ""
+    told = with_first_lines(draft, "README.md")
+    assert "trained using [TRL]" in told
+    again = make_card(FIELDS, "ours", told, "README.md")
+    assert "TRL" not in again
+    for mine in (draft + "\nIt adds.\n", draft.replace("## Quick start", "## How I use it")):
+        assert is_template(own_text(mine)) is False
+        assert "TRL" in make_card(FIELDS, "ours", mine, "README.md")

@@ -133,10 +133,8 @@ def recipe(folder: Path, *flags: str) -> list[str]:
 
 def command_line(arguments: list[str]) -> int:
     """Do what `moeadapt train sft` does with the arguments; return its exit code."""
-    context = typer.Context(typer.main.TyperCommand("train"))
-    context.args = arguments
     try:
-        train(context, "sft", None, dry_run=False)
+        train("sft", arguments, None, dry_run=False, as_json=False)
     except typer.Exit as end:
         return end.exit_code
     return 0
