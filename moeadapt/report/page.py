@@ -31,7 +31,7 @@ def page(data: ReportData, panels: Sequence[Panel]) -> str:
         **data.settings,
         "tokens": number(data.tokens, 0),
         "texts": _texts(data),
-        "cut": f"{data.cut} of the texts, to the tokens that were asked for" if data.cut else "",
+        "texts cut": str(data.cut) if data.cut else "",
     }
     html = (
         environment()

@@ -32,7 +32,7 @@ def worth_panel(data: ReportData) -> Panel:
         key="worth",
         title="Is routing worth it?",
         lead="Loss on held-out texts, in nats per token, with the same weights and the routing "
-        "replaced; every token of a text counts but the first, prompts too (`moeadapt eval` counts "
+        "replaced; every token of a text counts but the first, prompts too (moeadapt eval counts "
         "answers only). Lower is better; bars are 95 % intervals over texts. The differences are "
         "taken text by text, so they can be clear where the bars overlap.",
         template="worth.html.j2",
