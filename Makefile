@@ -7,11 +7,12 @@ LOWEST := build/lowest
 LOWEST_TESTS := tests/peft/test_lora_oracle.py tests/peft/test_reference.py tests/peft/test_adapters.py tests/peft/test_generate.py tests/training/test_sft.py tests/training/test_trainers.py tests/faults/test_golden.py tests/test_public_api.py
 RELEASE := build/release
 
-.PHONY: install demo bench evidence evidence-page test test-wheel test-lowest lint format docs slow clean help
+.PHONY: install demo bench evidence evidence-page test test-all test-wheel test-lowest lint format docs slow clean help
 
 help:
 	@echo "make demo     train and compare on a real model (about 15 minutes on 2 cores)"
 	@echo "make test     linters, type checks and every test of the default suite"
+	@echo "make test-all the same tests with every case of the two large products (10 minutes more)"
 	@echo "make test-wheel   build the wheel, install it in a clean environment, run the demo (10 minutes)"
 	@echo "make test-lowest  a subset of the tests with the oldest versions allowed (5 minutes)"
 	@echo "make bench    speed and memory beside plain LoRA and others (25 minutes; ARGS=--quick: 3)"
@@ -45,6 +46,9 @@ evidence-page: install
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu"
+
+test-all: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --all-cases
 
 # The wheel is made from the source archive, so that nothing an older build left gets into it.
 test-wheel: install
