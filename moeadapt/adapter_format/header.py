@@ -25,20 +25,15 @@ ITEM_SIZES = {
     "BOOL": 1,
     "U8": 1,
     "I8": 1,
-    "F8_E5M2": 1,
-    "F8_E4M3": 1,
     "I16": 2,
-    "U16": 2,
     "F16": 2,
     "BF16": 2,
     "I32": 4,
-    "U32": 4,
     "F32": 4,
     "I64": 8,
-    "U64": 8,
     "F64": 8,
 }
-"""Type in the header -> bytes of one number."""
+"""Type in the header -> bytes of one number: the types that an adapter can have."""
 
 FLOATS = ("F16", "BF16", "F32", "F64")
 

@@ -23,7 +23,7 @@ Ended = Literal["end", "length", "context", "stopped"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen: among the 50 likeliest, unless `temperature` is 0.
 
     Attributes:
         max_new_tokens: tokens of an answer at most, >= 1.
@@ -72,8 +72,8 @@ class Conversation:
     """A conversation with a model, which remembers what was said.
 
     Attributes:
-        messages: everything said so far, as the chat template takes it; None: there is no memory,
-            each message is a text that the model continues.
+        messages: everything said so far, as the chat template takes it; always empty with `raw`:
+            each message is then a text that the model continues.
         system: the first message, from nobody.
 
     Example:
@@ -113,14 +113,14 @@ class Conversation:
         self.system, self._raw = system, raw
         self._sampling = sampling or Sampling()
         self._ends = answer_ends(model, tokenizer)
-        self._asked = 0
         self._rows: list[dict[str, Any]] = []
+        self._asked = 0
         self.messages: list[dict[str, str]] = []
         self.reset()
 
     def reset(self) -> None:
         """Forget what was said; the system message stays."""
-        self._rows = []
+        self._rows, self._asked = [], 0
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
 
     def rows(self) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ def routing_json(answer: Answer) -> dict[str, Any]:
     layer = len(routing.names) // 2
     experts, shares = routing.main(layer)
     tokens = [
-        {"token": token, "expert": expert, "weight": round(share, 4)}
+        {"token": token, "expert": expert if share else None, "weight": round(share, 4)}
         for token, expert, share in zip(
             answer.tokens, experts.tolist(), shares.tolist(), strict=True
         )
@@ -70,15 +70,16 @@ def _layer(routing: AnswerRouting, asked: str) -> int:
 
 
 def _print_tokens(console: Console, tokens: list[str], routing: AnswerRouting, layer: int) -> None:
-    """Print the answer, each token with the number and the colour of its main expert."""
+    """Print the answer, each token with number and colour of its main expert; `-`: it used none."""
     from moeadapt.cli.chat_loop import printable
 
     experts, shares = routing.main(layer)
     line = Text()
     for token, expert, share in zip(tokens, experts.tolist(), shares.tolist(), strict=True):
         bold = "bold " if share > 1 / 2 else ""
-        color = f"{bold}{COLORS[expert % len(COLORS)]}"
-        line.append(printable(token) + str(expert).translate(DIGITS), color)
+        color = f"{bold}{COLORS[expert % len(COLORS)]}" if share else ""
+        number = str(expert).translate(DIGITS) if share else "-"
+        line.append(printable(token) + number, color)
         if not token.endswith((" ", "\n")):
             line.append(" ")
     console.print(f"layer {layer}, {routing.names[layer]}: each token and its main expert")
@@ -92,7 +93,7 @@ def _print_experts(console: Console, tokens: list[str], routing: AnswerRouting, 
     load = routing.use(layer).load
     table = Table("expert", "load", "main of", "weight there", "tokens", title=f"layer {layer}")
     for expert, share in enumerate(load):
-        own = [i for i, found in enumerate(experts.tolist()) if found == expert]
+        own = ((experts == expert) & (shares > 0)).nonzero().flatten().tolist()
         words = list(dict.fromkeys(printable(tokens[i]).strip() or repr(tokens[i]) for i in own))
         weight = f"{float(shares[own].mean()):.2f}" if own else "-"
         cells = (f"{share:.0%}", f"{len(own)}", weight, " ".join(words))
@@ -111,7 +112,8 @@ def _print_layers(console: Console, routing: AnswerRouting, *, every: bool) -> N
     table.title = "load of the layers" if not left else f"the {len(shown)} least even layers"
     for i in sorted(shown):
         use = uses[i]
-        bars = "".join(BARS[round(x / max(use.load) * (len(BARS) - 1))] for x in use.load)
+        most = max(*use.load, 1e-9)  # tokens may use no expert at all
+        bars = "".join(BARS[round(x / most * (len(BARS) - 1))] for x in use.load)
         effective = f"{use.effective_experts:.2f} of {len(use.load)}"
         table.add_row(str(i), routing.names[i], f"|{bars}|", effective, f"{use.active:.2f}")
     console.print(table)

@@ -113,7 +113,7 @@ def leftovers(subject: Subject) -> Iterator[Finding]:
                 level="warning",
                 what=f"{str(path)!r} was left by a save that was cut, or is being written now",
                 why="it takes room, and is not complete",
-                cure="nothing: the next save removes it; if no process saves here, delete it",
+                cure="delete it if no process saves here now; the next save may do it, too",
             )
 
 

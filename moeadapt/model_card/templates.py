@@ -35,6 +35,25 @@ _TRL_LINES = (
 )
 """The draft of TRL's trainers: its sentences, whatever model, method and versions they name."""
 
+_TRAINER = "<!-- This model card has been generated automatically according to the information"
+_TRAINER_LINES = (
+    rf"{re.escape(_TRAINER)}.*",
+    r"should probably proofread and complete it, then remove this comment\. -->",
+    r"# .+",
+    r"This model is a fine-tuned version of .*",
+    r"It achieves the following results on the evaluation set:",
+    r"- [\w ]+: [-\d.e]+",
+    r"More information needed",
+    r"## (Model description|Intended uses & limitations|Training and evaluation data)",
+    r"## Training procedure",
+    r"### (Training hyperparameters|Training results|Framework versions)",
+    r"The following hyperparameters were used during training:",
+    r"- [a-z_0-9]+: .+",
+    r"\|.*\|",
+    r"- (PEFT|Transformers|Pytorch|Datasets|Tokenizers) [\w.+-]+",
+)
+"""The draft of transformers' trainers."""
+
 
 def is_template(text: str) -> bool:
     """Whether every line of a card's text is one of a draft of PEFT, transformers or TRL.
@@ -44,11 +63,16 @@ def is_template(text: str) -> bool:
         (True, False)
     """
     if _TRL.search(text):
-        rest = _TRL_CITATION.sub("", text).splitlines()
-        lines = [line.strip() for line in rest if line.strip()]
-        return all(any(re.fullmatch(one, line) for one in _TRL_LINES) for line in lines)
+        return _consists_of(_TRL_LINES, _TRL_CITATION.sub("", text))
+    if _TRAINER in text:
+        return _consists_of(_TRAINER_LINES, text)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return bool(lines) and all(line in _known() or _is_generated(line) for line in lines)
+
+
+def _consists_of(patterns: tuple[str, ...], text: str) -> bool:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return all(any(re.fullmatch(one, line) for one in patterns) for line in lines)
 
 
 def _is_generated(line: str) -> bool:

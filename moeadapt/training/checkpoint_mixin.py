@@ -96,9 +96,9 @@ class CheckpointMixin(_Trainer):
                 error = self._agree(error)
         if error is not None:
             self.state.best_model_checkpoint = best
-        elif self._push_later:
-            self._push_later = False
+        elif self._push_later and not self._rescuing:
             super()._push_from_checkpoint(str(final))
+        self._push_later = False
         return error
 
     def _write(self, model: nn.Module, trial: Any, hidden: Path, final: Path) -> None:
@@ -185,7 +185,13 @@ class CheckpointMixin(_Trainer):
         for folder in [one for one in folders if one not in kept][: max(surplus, 0)]:
             # Half of a checkpoint must never be found under its name.
             gone = HiddenFolder(Path(folder))
-            os.rename(folder, gone.path)
+            try:
+                os.rename(folder, gone.path)
+            except OSError as error:
+                raise TrainingError(
+                    f"cannot delete the old checkpoint {folder}: {error}. The newest one is "
+                    f"complete: {folders[-1]}. Check the rights, or raise save_total_limit"
+                ) from error
             shutil.rmtree(gone.path, ignore_errors=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
 from moeadapt.adapter_format.settings import MANIFEST
 from moeadapt.errors import ConfigError
 from moeadapt.model_card.first_lines import has_our_part, with_first_lines
+from moeadapt.model_card.merge import own_text
 from moeadapt.training.checkpoint_files import checkpoint_folder
 
 CARD = "README.md"
@@ -76,27 +77,48 @@ def kept_card(args: Any, repo_id: str | None) -> Iterator[None]:
     """
     path = Path(args.output_dir) / CARD
     before = path.read_text(encoding="utf-8") if path.is_file() else None
+    unknown = False
     if repo_id is not None and args.should_save:
-        before = _of_hub(repo_id, args.hub_revision) or before
-    yield
-    if not args.should_save or not path.is_file():
+        try:
+            before = _of_hub(repo_id, args.hub_revision) or before
+        except (OSError, ValueError) as error:
+            unknown = True
+            warnings.warn(
+                f"the card of {repo_id} could not be read ({error}); no new one is drafted, since "
+                "a push would put it in the place of yours",
+                stacklevel=3,
+            )
+    try:
+        yield
+    finally:
+        if args.should_save and path.is_file():
+            _choose(path, before, unknown)
+
+
+def _choose(path: Path, before: str | None, unknown: bool) -> None:
+    """Leave the card that was there, or the draft that stands there now with our lines."""
+    if before is None and unknown:
+        path.unlink()
         return
-    draft = path.read_text(encoding="utf-8")
-    if before is None or (_is_draft(before) and not has_our_part(before)):
-        before = with_first_lines(draft, str(path))
+    if before is None or (is_draft(before) and not has_our_part(before)):
+        before = with_first_lines(path.read_text(encoding="utf-8"), str(path))
     path.write_text(before, encoding="utf-8")
 
 
 def _of_hub(repo_id: str, revision: str | None) -> str | None:
+    """Return the card of the hub; None if it has none.
+
+    Raises:
+        OSError: the hub cannot be asked.
+        ValueError: the card is no text.
+    """
     try:
         path = hf_hub_download(repo_id, CARD, revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return None
     return Path(path).read_text(encoding="utf-8")
 
 
-def _is_draft(card: str) -> bool:
-    """Whether a trainer, PEFT or transformers drafted it."""
-    from moeadapt.model_card.merge import own_text
-
-    return "generated_from_trainer" in card or not own_text(card).strip()
+def is_draft(card: str) -> bool:
+    """Whether nobody wrote a word of it: TRL, PEFT or transformers drafted it."""
+    return not own_text(card).strip()

@@ -101,7 +101,7 @@ class NonfiniteGuard:
         self._in_a_row += 1
         message = f"{what} in optimizer step {step}{where}."
         if self.policy == "stop" or self._in_a_row > MOST_SKIPPED:
-            more = f" It is the {self._in_a_row}th in a row." if self._in_a_row > 1 else ""
+            more = f" It is number {self._in_a_row} in a row." if self._in_a_row > 1 else ""
             raise TrainingError(
                 f"{message}{more} The step was not done, so the weights are those of step "
                 f"{step - 1}. Look at the data of this step, lower learning_rate or "

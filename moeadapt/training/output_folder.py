@@ -55,6 +55,11 @@ def alone_in(output_dir: str | Path) -> Iterator[None]:
             f"another run trains into {folder} at the moment, and two would overwrite each other's "
             "checkpoints; wait for it, or name another output_dir"
         ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{folder / LOCK} cannot be locked: {error}. Without a lock two runs could overwrite "
+            "each other's checkpoints; name an output_dir on a disk that has locks"
+        ) from error
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from moeadapt.adapter_format.settings import (
     parse,
 )
 from moeadapt.errors import AdapterFileError, ConfigError
+
+_NO_ANSWER = (
+    "{}: {} could not be fetched, so its files cannot be compared with what was saved: {}. "
+    "Load it again"
+)
 
 _HUB = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
 
@@ -52,19 +58,41 @@ def find_folder(model_id: Any, where: dict[str, Any], hub: bool = True) -> Path 
 def _fetch(repository: str, where: dict[str, Any]) -> Path | None:
     from huggingface_hub import hf_hub_download
 
-    folder = None
-    for name in (SETTINGS, WEIGHTS, MANIFEST):
-        try:
-            file = Path(hf_hub_download(repository, name, **where))
-        except Exception:
-            # Missing, unreachable, not allowed: PEFT meets the same and says so.
-            if name == SETTINGS:
-                return None
-            continue
-        folder = file.parent
-        if name == SETTINGS and (parse(folder) or {}).get("peft_type") != METHOD:
-            return None
+    try:
+        folder = Path(hf_hub_download(repository, SETTINGS, **where)).parent
+    except Exception:
+        # Missing, unreachable, not allowed: PEFT meets the same and says so.
+        return None
+    if (parse(folder) or {}).get("peft_type") != METHOD:
+        return None
+    # All files are of the commit of the settings, should another one come in between.
+    depth = len(Path(where.get("subfolder") or ".").parts)
+    pinned = {**where, "revision": [folder, *folder.parents][depth].name}
+    # PEFT fetches the weights, too, and says what prevents it.
+    with suppress(Exception):
+        hf_hub_download(repository, WEIGHTS, **pinned)
+    _fetch_manifest(repository, pinned)
     return folder
+
+
+def _fetch_manifest(repository: str, where: dict[str, Any]) -> None:
+    """Fetch the manifest, if there is one; without an answer nothing could be compared.
+
+    Raises:
+        AdapterFileError: the hub does not say whether there is one.
+    """
+    from huggingface_hub import hf_hub_download, is_offline_mode
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+    try:
+        hf_hub_download(repository, MANIFEST, **where)
+    except RemoteEntryNotFoundError:
+        return
+    except LocalEntryNotFoundError as error:
+        if not where.get("local_files_only") and not is_offline_mode():
+            raise AdapterFileError(_NO_ANSWER.format(repository, MANIFEST, error)) from None
+    except Exception as error:
+        raise AdapterFileError(_NO_ANSWER.format(repository, MANIFEST, error)) from None
 
 
 def refuse_uncached(model_id: Any, where: dict[str, Any]) -> None:

@@ -5,10 +5,13 @@ import os
 import signal
 
 import pytest
+import torch
 
 from moeadapt.chat import Conversation, Sampling
+from moeadapt.chat.conversation import Answer
+from moeadapt.chat.routing import AnswerRouting
 from moeadapt.cli.chat_loop import Loop, printable
-from moeadapt.cli.chat_routing import routing_json
+from moeadapt.cli.chat_routing import print_routing, routing_json
 from moeadapt.errors import ConfigError
 from moeadapt.rows import read_rows
 from tests.cli.calls import call
@@ -208,3 +211,14 @@ def test_json_of_an_answer_without_routing_is_not_asked_for(model):
     assert list(routing_json(answer)) == ["layers", "layer", "tokens"]
     with pytest.raises(ConfigError, match="leave /routing out"):
         Loop(talk, as_json=True, interactive=False)._handle("/routing")
+
+
+def test_an_answer_whose_tokens_used_no_expert_can_be_shown(capsys):
+    routing = AnswerRouting(names=("layer",), weights=(torch.zeros(2, 3),))
+    tokens = ["w1", "w2"]
+    answer = Answer(text="w1 w2", tokens=tokens, ended="length", seconds=0.1, routing=routing)
+    print_routing(answer, "")
+    text = capsys.readouterr().out
+    assert "w1-" in text
+    assert "0.00" in text
+    assert [one["expert"] for one in routing_json(answer)["tokens"]] == [None, None]

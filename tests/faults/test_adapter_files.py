@@ -172,6 +172,7 @@ NAMES = {
     "a number as shape": (lambda h: h[A].update(shape=7), "shape 7"),
     "a field more": (lambda h: h[A].update(more=7), "exactly dtype"),
     "unknown type": (lambda h: h[A].update(dtype="F31"), "unknown type 'F31'"),
+    "a type of no adapter": (lambda h: h[A].update(dtype="U32"), "unknown type 'U32'"),
     "metadata of numbers": (lambda h: h.update(__metadata__={"a": 1}), "__metadata__"),
     "nested": (lambda h: b'{"a":' + b"[" * 10**5, "nested"),
 }

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from transformers.modelcard import TrainingSummary
 from trl.trainer.utils import generate_model_card
 
 from moeadapt.errors import ConfigError
@@ -138,3 +139,18 @@ def test_a_draft_of_trl_goes_and_one_with_a_word_of_its_own_stays(template, pape
     for mine in (draft + "\nIt adds.\n", draft.replace("## Quick start", "## How I use it")):
         assert is_template(own_text(mine)) is False
         assert "TRL" in make_card(FIELDS, "ours", mine, "README.md")
+
+
+def test_a_draft_of_transformers_goes_and_one_with_a_word_of_its_own_stays():
+    draft = TrainingSummary(
+        model_name="sums",
+        finetuned_from="ann/base",
+        tags=["generated_from_trainer"],
+        dataset="rows",
+        eval_results={"Loss": 1.2345, "Epoch": 2.0},
+        eval_lines=[{"Training Loss": 1.0, "Epoch": 1.0, "Step": 3, "Validation Loss": 1.2}],
+        hyperparameters={"learning_rate": 1e-3, "lr_scheduler_type": "linear"},
+    ).to_model_card()
+    assert own_text(draft) == ""
+    mine = draft.replace("More information needed", "It adds.", 1)
+    assert "It adds." in own_text(mine)

@@ -38,6 +38,14 @@ def test_the_wheel_holds_every_file_of_the_package(names):
     assert any(name.startswith("moeadapt/report/templates/") for name in names)
 
 
+def test_the_wheel_holds_every_recipe(names):
+    recipes = {p.relative_to(ROOT).as_posix() for p in (ROOT / "configs").glob("*/*.yaml")}
+    assert recipes
+    held = {name.removeprefix("moeadapt/") for name in names if name.startswith("moeadapt/configs")}
+    # How to start several processes belongs to a checkout's scripts, and is a recipe of accelerate.
+    assert held == recipes
+
+
 def test_the_wheel_holds_nothing_else(names):
     others = {name for name in names if not name.startswith("moeadapt/")}
     folder = f"moeadapt-{__version__}.dist-info"

@@ -12,7 +12,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("pyproject.toml", "README.md", "LICENSE", "setup.py", "MANIFEST.in")
 
 HIDE = '''
 import sys
@@ -55,6 +55,7 @@ def build_wheel(folder: Path) -> Path:
     copy = folder / "sources"
     leave = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "moeadapt", copy / "moeadapt", ignore=leave)
+    shutil.copytree(ROOT / "configs", copy / "configs")
     for name in SOURCES:
         shutil.copy(ROOT / name, copy)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(copy)]

@@ -1,15 +1,18 @@
 """Case 102: whoever pushes, a card keeps its PEFT fields and the text that its owner wrote."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from moeadapt.errors import ConfigError
 from moeadapt.training.callback import MoeAdaptCallback
+from moeadapt.training.hub_push import kept_card
 from moeadapt.training.trainers import MoESFTTrainer
 from tests.hub.kit import BASE, CARD, REPO, add_base, connected, copied, files_of, pushed, shelf
 from tests.hub.loopback import TOKEN
@@ -204,3 +207,33 @@ def test_fault_104_a_trainer_with_a_token_in_its_arguments_is_refused(hub, tmp_p
     with pytest.raises(ConfigError, match="hub_token: .*set HF_TOKEN"):
         sft(tmp_path / "out", hub_token=TOKEN)
     assert hub.calls("commit") == []
+
+
+def test_fault_102_a_stock_draft_that_its_owner_rewrote_is_kept(hub, tmp_path):
+    """The tag `generated_from_trainer` stays in a card whose text is its owner's."""
+    write_card(hub, f"---\ntags: [generated_from_trainer]\n---\n{OWN}")
+    trainer = sft(tmp_path / "out", max_steps=1, save_strategy="no")
+    with pytest.warns(UserWarning, match="`moeadapt push"):
+        trainer.push_to_hub()
+    assert OWN.strip() in files_of(hub)[CARD].decode()
+
+
+def test_fault_102_without_an_answer_no_draft_takes_the_place_of_the_card(tmp_path, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr("moeadapt.training.hub_push.hf_hub_download", unreachable)
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True, hub_revision=None)
+    card = tmp_path / CARD
+    with pytest.warns(UserWarning, match="could not be read"), kept_card(args, REPO):
+        card.write_text("# a draft")
+    assert not card.exists()
+    card.write_text(OWN)
+    with (
+        pytest.warns(UserWarning, match="could not be read"),
+        pytest.raises(KeyError),
+        kept_card(args, REPO),
+    ):
+        card.write_text("# a draft")
+        raise KeyError
+    assert card.read_text() == OWN

@@ -241,3 +241,29 @@ def test_fault_099_a_reader_finds_the_old_adapter_or_the_new_one(tmp_path: Path)
         stop.set()
         writer.join()
     assert names(tmp_path) == ["adapter"]
+
+
+def test_fault_091_a_rescued_checkpoint_is_not_pushed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed: list[str] = []
+    monkeypatch.setattr(
+        "transformers.Trainer._push_from_checkpoint", lambda self, folder: pushed.append(folder)
+    )
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    trainer = run(tmp_path / "run")
+    original, places = trainer._finish, []
+
+    def finish(folder: Path, final: Path) -> None:
+        places.append(final)
+        if len(places) == 1:
+            raise OSError("the disk is gone")
+        trainer._push_from_checkpoint(str(final))
+        original(folder, final)
+
+    trainer._finish = finish
+    trainer._push_later = True
+    with pytest.raises(TrainingError, match="was written to .*checkpoint-1"):
+        trainer.train()
+    assert len(places) == 2
+    assert pushed == []
