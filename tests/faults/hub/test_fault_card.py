@@ -229,11 +229,12 @@ def test_fault_102_without_an_answer_no_draft_takes_the_place_of_the_card(tmp_pa
         card.write_text("# a draft")
     assert not card.exists()
     card.write_text(OWN)
-    with (
-        pytest.warns(UserWarning, match="could not be read"),
-        pytest.raises(KeyError),
-        kept_card(args, REPO),
-    ):
-        card.write_text("# a draft")
-        raise KeyError
+
+    def broken():
+        with kept_card(args, REPO):
+            card.write_text("# a draft")
+            raise KeyError
+
+    with pytest.warns(UserWarning, match="could not be read"), pytest.raises(KeyError):
+        broken()
     assert card.read_text() == OWN
