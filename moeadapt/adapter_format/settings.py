@@ -49,6 +49,12 @@ def parse(folder: Path) -> Any:
                 f"{path}: field peft_type is {settings.get('peft_type')!r}; it must be a string, "
                 f"{METHOD!r} for an adapter of moeadapt"
             )
+        if settings["peft_type"] != METHOD and holds_our_tensors(folder):
+            raise AdapterFileError(
+                f"{path}: field peft_type is {settings['peft_type']!r}, but {WEIGHTS} holds "
+                f"tensors of {METHOD!r}: the settings are damaged, or of another adapter. Take "
+                "those that were saved with the weights"
+            )
     except UnicodeDecodeError as error:
         _refuse_ours(folder, text, AdapterFileError(f"{path}: is not UTF-8: {error}"))
     except AdapterFileError as error:
@@ -65,8 +71,11 @@ def _refuse_ours(folder: Path, text: str, error: AdapterFileError) -> None:
 
 def is_ours(folder: Path, text: str) -> bool:
     """Whether a folder whose settings cannot be read holds an adapter of this method."""
-    if METHOD in text or exists(folder, MANIFEST):
-        return True
+    return METHOD in text or exists(folder, MANIFEST) or holds_our_tensors(folder)
+
+
+def holds_our_tensors(folder: Path) -> bool:
+    """Whether the weights beside the settings are those of an adapter of this method."""
     if not (folder / WEIGHTS).is_file():
         return False
     try:

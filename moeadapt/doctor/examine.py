@@ -43,11 +43,23 @@ def examine(
             found.extend(new or [Finding(check=name, level="ok", what=check.line)])
             if check.scope == "adapter" and any(f.level == "error" for f in new):
                 subject.facts["failed"] = True
+    if only is None and base is None and _has_adapter(subject):
+        found.append(Finding(check="fits", level="ok", what=_NO_BASE))
     return found
 
 
+_NO_BASE = (
+    "not checked: names and shapes of the tensors, and which base it belongs to; that takes "
+    "--base MODEL"
+)
+
+
+def _has_adapter(subject: Subject) -> bool:
+    return subject.folder is not None and os.path.lexists(subject.folder / SETTINGS)
+
+
 def _applies(check: Check, subject: Subject) -> bool:
-    has_adapter = subject.folder is not None and os.path.lexists(subject.folder / SETTINGS)
+    has_adapter = _has_adapter(subject)
     return {
         "environment": True,
         "folder": subject.folder is not None,

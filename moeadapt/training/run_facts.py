@@ -17,6 +17,13 @@ SAMPLED = 64
 _ARGUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")
 """They decide which row is in which step."""
 
+_OPTIMIZER = (
+    *("optim", "optim_args", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("adam_epsilon", "lr_scheduler_type", "max_grad_norm", "label_smoothing_factor"),
+    *("bf16", "fp16"),
+)
+"""They decide what a step does; the state of the optimizer would overrule some without a word."""
+
 _FREE = {
     *("auto_mapping", "base_fingerprint", "base_model_name_or_path", "inference_mode"),
     *("peft_version", "revision"),
@@ -31,7 +38,7 @@ def run_facts(args: Any, rows: Any) -> dict[str, Any]:
         args: the trainer's arguments.
         rows: its training data, after the trainer has prepared it.
     """
-    facts = {name: getattr(args, name, None) for name in _ARGUMENTS}
+    facts = {name: _word(getattr(args, name, None)) for name in (*_ARGUMENTS, *_OPTIMIZER)}
     return {**facts, "world_size": args.world_size, **_data_facts(rows)}
 
 
@@ -72,6 +79,11 @@ def _data_facts(rows: Any) -> dict[str, Any]:
     for place in sorted({i * count // SAMPLED for i in range(SAMPLED)} if count else ()):
         digest.update(json.dumps(_simple(rows[place]), sort_keys=True).encode())  # type: ignore[index]
     return {"data_rows": count, "data_sha256": digest.hexdigest()}
+
+
+def _word(value: Any) -> Any:
+    """Return an argument as plain data: names of optimizers and schedules are enums."""
+    return getattr(value, "value", value)
 
 
 def _simple(value: Any) -> Any:

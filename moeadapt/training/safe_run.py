@@ -1,6 +1,7 @@
 """`SafeRunMixin`: a training run that stops cleanly at a fault and goes on from where it was."""
 
 import pickle
+import warnings
 from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +114,15 @@ class SafeRunMixin(CheckpointMixin):
         else:
             found = check_checkpoint(wanted, needs, sharded=sharded, allow_partial=allow)
         adapter = changed_adapter(Path(found), getattr(self.model, "peft_config", {}))
-        run = changed_facts(read_marker(found).get("run", {}), self._facts)
+        then = read_marker(found).get("run")
+        if not isinstance(then, dict):
+            warnings.warn(
+                f"{found} does not say with which data, batches, seed and optimizer it was made; "
+                "they are not compared with those of this run",
+                stacklevel=3,
+            )
+            then = {}
+        run = changed_facts(then, self._facts)
         refuse_changes(found, adapter, run, allow)
         return Path(found)
 

@@ -17,6 +17,7 @@ is not the adapter's even where tensors come from no folder.
 """
 
 import functools
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +34,8 @@ from transformers import PreTrainedModel
 from moeadapt.adapter_format.adapter import AdapterFiles
 from moeadapt.adapter_format.fingerprint import fingerprint
 from moeadapt.adapter_format.manifest import remove_manifest, write_manifest
-from moeadapt.adapter_format.settings import SETTINGS, WEIGHTS
+from moeadapt.adapter_format.settings import METHOD, SETTINGS, WEIGHTS, is_ours
+from moeadapt.errors import AdapterFileError
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.loading import check_known, current, loading
 from moeadapt.tuner.locate import find_folder, hub_arguments, read_config, refuse_uncached
@@ -106,6 +108,8 @@ def _from_pretrained(
 ) -> Any:
     files = _open(model_id, kwargs)
     if files is None:
+        given = any(isinstance(x, MoeLoraConfig) for x in (*args, kwargs.get("config")))
+        _refuse_unknown(model_id, kwargs, given)
         return original(cls, model, model_id, *args, **kwargs)
     with loading(files):
         return original(cls, model, model_id, *args, **kwargs)
@@ -123,6 +127,8 @@ def _load_adapter(
         return original(self, model_id, adapter_name, *args, **kwargs)
     files = _open(model_id, kwargs)
     if files is None:
+        replaces = isinstance(self.peft_config.get(adapter_name), MoeLoraConfig)
+        _refuse_unknown(model_id, kwargs, replaces)
         return original(self, model_id, adapter_name, *args, **kwargs)
     with loading(files):
         if adapter_name in self.peft_config:
@@ -172,6 +178,30 @@ def _open(model_id: Any, arguments: dict[str, Any]) -> AdapterFiles | None:
     if folder is None or read_config(folder) is None:
         return None
     return AdapterFiles(folder)
+
+
+def _refuse_unknown(model_id: Any, arguments: dict[str, Any], expects_ours: bool) -> None:
+    """Refuse tensors that would get into a mixture without the checks.
+
+    Args:
+        model_id: what was not opened as an adapter of this method.
+        arguments: of the loading function.
+        expects_ours: whether the settings of a mixture are there already.
+
+    Raises:
+        AdapterFileError: a mixture is expected, or the folder holds one without its settings.
+    """
+    if not isinstance(model_id, str | os.PathLike):
+        return
+    folder = Path(model_id, arguments.get("subfolder") or "")
+    lacks = folder.is_dir() and not os.path.lexists(folder / SETTINGS)
+    if expects_ours or (lacks and is_ours(folder, "")):
+        raise AdapterFileError(
+            f"{folder / SETTINGS}: "
+            + ("is missing" if lacks else f"cannot be read, or is of another type than {METHOD}")
+            + "; without it nothing of the weights can be checked. Take the settings that were "
+            "saved with them"
+        )
 
 
 def _safe_load_file(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any) -> Any:

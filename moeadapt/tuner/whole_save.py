@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from moeadapt.tuner.config import MoeLoraConfig
+from moeadapt.tuner.savable import check_savable
 from moeadapt.whole_folder import whole_folder
 
 _MARK = "_moeadapt_saves_whole"
@@ -30,6 +31,9 @@ def save_whole() -> None:
         ours = any(isinstance(config, MoeLoraConfig) for config in self.peft_config.values())
         if not ours or not kwargs.get("is_main_process", True):
             return original(self, str(save_directory), *args, **kwargs)
+        chosen = kwargs.get("selected_adapters") or list(self.peft_config)
+        safe = args[0] if args else kwargs.get("safe_serialization", True)
+        check_savable(self, save_directory, chosen, safe)
         with whole_folder(Path(save_directory)) as folder:
             return original(self, str(folder), *args, **kwargs)
 

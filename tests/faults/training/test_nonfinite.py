@@ -98,7 +98,7 @@ def test_fault_053_skipping_for_ever_stops(tmp_path: Path) -> None:
     poison(trainer.model, "layers.1.post_attention_layernorm")
     with (
         pytest.warns(UserWarning, match="is skipped"),
-        pytest.raises(TrainingError, match="11th in a row"),
+        pytest.raises(TrainingError, match="number 11 in a row"),
     ):
         trainer.train()
 
