@@ -11,8 +11,6 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, get_token
 from huggingface_hub.errors import (
-    HfHubHTTPError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -20,22 +18,12 @@ from huggingface_hub.utils import get_session
 
 from moeadapt.adapter_format.settings import MANIFEST
 from moeadapt.errors import AdapterFileError, ConfigError, HubError
+from moeadapt.hub.failure import file_of, is_of_hub, reason_of, status_of
 from moeadapt.hub.parcel import CARD, sha256_of
 from moeadapt.version import __version__
 
 TIMEOUT = 120.0
 """Seconds to wait for the next sign of the hub; the library would wait for ever."""
-
-REASONS = {
-    400: "the hub does not accept the request",
-    401: "the hub does not accept the token, or got none: `hf auth login`, HF_TOKEN or --token",
-    403: "the token may not write there: make one with write access, or push to a name of yours",
-    404: "there is no such repository, or the token does not see it: check the name and the token",
-    409: "somebody else changed the repository at the same time; push again",
-    412: "somebody else changed the repository at the same time; push again",
-    413: "the hub refuses files of this size",
-    429: "the hub refuses more requests for now; wait some minutes, then push again",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +100,7 @@ class Remote:
             except RevisionNotFoundError:
                 info, has_branch = self._info(None), False
             except RepositoryNotFoundError as error:
-                if _status(error) == 401:  # noqa: PLR2004
+                if status_of(error) == 401:  # noqa: PLR2004
                     raise
                 return RemoteState()
         there = {sibling.rfilename: sibling for sibling in info.siblings or ()}
@@ -217,11 +205,11 @@ class Remote:
             yield
         except Exception as error:
             end = f"; {left}" if left else ""
-            here = _of_this_machine(error)
-            if here is None and not _is_of_hub(error):
+            here = file_of(error)
+            if here is None and not is_of_hub(error):
                 raise
-            reason = _reason(error).replace(self.token, "***")
-            if unseen and _status(error) == 409:  # noqa: PLR2004
+            reason = reason_of(error).replace(self.token, "***")
+            if unseen and status_of(error) == 409:  # noqa: PLR2004
                 reason = "it exists, and the token does not see it; push with one that does"
             problem = HubError(f"cannot {doing} {self.repo_id}: {reason}{end}")
             if here is not None:
@@ -236,73 +224,6 @@ class Remote:
 def find_token(token: str | None) -> str | None:
     """Return the token to push with: the one given, HF_TOKEN, or that of `hf auth login`."""
     return token or get_token()
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error, what it wraps, and so on."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _is_of_library(error: BaseException) -> bool:
-    libraries = {cls.__module__.partition(".")[0] for cls in type(error).__mro__}
-    return bool(libraries & {"httpx", "httpx2", "huggingface_hub", "hf_xet"})
-
-
-def _is_of_hub(error: BaseException) -> bool:
-    """Whether a library of the hub raised it, a builtin error wraps one of those, or it broke."""
-    return any(
-        _is_of_library(one) or isinstance(one, ConnectionError | TimeoutError)
-        for one in _chain(error)
-    ) or _is_answer(error)
-
-
-def _is_answer(error: BaseException) -> bool:
-    """Whether the library itself says with a builtin error that an answer is none."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    where = "" if at is None else str(at.tb_frame.f_globals.get("__name__"))
-    return isinstance(error, json.JSONDecodeError) or (
-        isinstance(error, ValueError | RuntimeError) and where.startswith("huggingface_hub")
-    )
-
-
-def _of_this_machine(error: BaseException) -> str | None:
-    """Say which file here could not be read or written; None: it is not that."""
-    for one in _chain(error):
-        if isinstance(one, OSError) and one.filename and not _is_of_library(one):
-            return f"{one.filename}: {one.strerror or one}"
-    return None
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def _reason(error: BaseException) -> str:
-    status = _status(error)
-    wrapped = error.__cause__
-    if status is None and wrapped is not None and not _is_of_library(error):
-        if isinstance(error, ValueError) and (code := _status(wrapped)) is not None:
-            return f"{code}: {error}"  # the library's own words, of front matter for example
-        return _reason(wrapped)  # of one of several uploads
-    if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set"
-    if status is not None:
-        said = getattr(error, "server_message", None)
-        own = f" (the hub says: {said})" if isinstance(error, HfHubHTTPError) and said else ""
-        known = REASONS.get(status)
-        if known is None:
-            known = "the hub has a problem of its own; push again later" if status >= 500 else ""  # noqa: PLR2004
-        return f"{status}: {known}{own}" if known else f"{status}{own}"
-    kind = type(error).__name__
-    if "Timeout" in kind:
-        return f"the hub did not answer in time ({kind}); push again"
-    if _is_answer(error):
-        return f"the hub's answer is not one that can be used: {kind}: {error}"
-    return f"the connection broke, or there is none: {kind}: {error}; push again"
 
 
 def _sealed(manifest: bytes) -> tuple[str, ...]:

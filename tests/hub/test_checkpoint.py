@@ -67,7 +67,9 @@ def test_the_commands_of_a_branch_serve_that_branch(hub, exported):
     pushed(exported, revision="v2")
     text = files_of(hub, "v2")[CARD].decode()
     assert 'from_pretrained("ann/math", revision="v2")' in text
-    commands = [line for line in text.splitlines() if line.startswith(("python -", "vllm", "hf "))]
+    commands = [
+        line for line in text.splitlines() if line.startswith(("python -", "vllm serve", "hf "))
+    ]
     assert len(commands) > 1
     for line in commands:
         assert "--revision v2" in line or "revision='v2'" in line, line
