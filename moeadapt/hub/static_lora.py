@@ -38,12 +38,13 @@ def load_adapter(
     from moeadapt.training.objectives import OBJECTIVES
     from moeadapt.training.recipe import RunArguments
 
-    name = place or facts["base_model_name_or_path"]
-    if offline:
-        name = _on_this_machine(name)
+    asked = place or facts["base_model_name_or_path"]
+    name = _on_this_machine(asked) if offline else asked
     goal = OBJECTIVES["reward" if facts.get("task_type") == "SEQ_CLS" else "sft"]
     run = RunArguments(model_name_or_path=name, dtype="auto")  # type: ignore[arg-type]
     model, tokenizer = load_base(run, goal)
+    if offline and find_model(asked) is None:
+        model.name_or_path = asked  # a snapshot of the cache is that model
     return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
 
 

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeadapt.errors import AssetError
 from tests.faults.cli import MAIN, call
 from tests.faults.loading_kit import edit_settings
-from tests.hub.kit import BASE, CARD, connected, copied, files_of, pushed, shelf
+from tests.hub.kit import BASE, CARD, add_base, connected, copied, files_of, pushed, shelf
 from tests.hub.loopback import TOKEN, Loopback
 from tests.hub.transcript import OUT, ROOT
 
@@ -95,6 +96,22 @@ def test_a_dry_run_takes_the_base_from_this_machine_or_says_that_it_is_not_there
         with pytest.raises(AssetError, match="uses no network.*hf download ann/nowhere"):
             pushed(folder, base_model=None, with_static_lora=True, dry_run=True)
         assert hub.log == []
+        add_base(hub)
+        AutoModelForCausalLM.from_pretrained(BASE)  # and now it is in the cache
+        AutoTokenizer.from_pretrained(BASE)
+        edit_settings(folder, base_model_name_or_path=BASE)
+        hub.heal()
+        result = pushed(folder, base_model=None, with_static_lora=True, dry_run=True)
+        assert "static-lora/adapter_model.safetensors" in result.files
+        assert hub.log == []
+
+
+def test_a_dry_run_does_not_build_a_base_that_is_built_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEADAPT_CACHE", str(tmp_path / "cache"))
+    folder = edit_settings(copied(tmp_path), base_model_name_or_path="embedded:smollm2-135m")
+    with pytest.raises(AssetError, match="uses no network.*use embedded:smollm2-135m once"):
+        pushed(folder, with_static_lora=True, dry_run=True)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_help_shows_examples_and_imports_no_torch():
