@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moeadapt.cli.console import result_console, working
 from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
@@ -76,7 +77,7 @@ def push(
     if data is not None and not with_static_lora:
         raise ConfigError("--data belongs to --with-static-lora, which is not given; leave it out")
     # What other libraries print is progress, and stdout is for the result.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), working(f"publishing {folder}"):
         from moeadapt.hub.push import push as run
         from moeadapt.rows import read_rows
 
@@ -107,10 +108,9 @@ def push(
 
 
 def _print(result: Any) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False)
+    console = result_console()
     if result.commit is None:
         console.print(result.card, soft_wrap=True)
     table = Table("file", "bytes", title=f"{result.kind} for {result.repo_id}")

@@ -12,6 +12,12 @@ from moeadapt.routers import ROUTERS
 
 PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}
 
+BASES = {
+    "CAUSAL_LM": ("AutoModelForCausalLM", ""),
+    "SEQ_CLS": ("AutoModelForSequenceClassification", ", num_labels=1"),
+}
+"""Task -> what loads the base, and what it is told."""
+
 LOADERS = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_CLS": "AutoPeftModelForSequenceClassification",
@@ -31,7 +37,7 @@ def front_matter(parcel: Parcel, datasets: list[str]) -> dict[str, Any]:
     }
 
 
-def adapter_part(parcel: Parcel, repo_id: str, revision: str | None) -> str:
+def our_part(parcel: Parcel, repo_id: str, revision: str | None) -> str:
     """Return our part of the card, Markdown."""
     return "\n\n".join(_sections(parcel, repo_id, revision))
 
@@ -113,7 +119,8 @@ def _targets(targets: Any) -> str:
 
 
 def _static(parcel: Parcel, repo_id: str, revision: str | None) -> str:
-    made, pinned = parcel.facts["static_lora"], f', "revision": "{revision}"' if revision else ""
+    made, pin = parcel.facts["static_lora"], f', revision="{revision}"' if revision else ""
+    loader, more = BASES.get(str(parcel.facts.get("task_type")), BASES["CAUSAL_LM"])
     residual = made["mean_residual"]
     kept = (
         "How much of the mixture it keeps was not measured."
@@ -127,8 +134,13 @@ def _static(parcel: Parcel, repo_id: str, revision: str | None) -> str:
             + kept,
             code(
                 "python",
-                f'place = {{"subfolder": "static-lora"{pinned}}}',
-                f'model = PeftModel.from_pretrained(base, "{repo_id}", **place)',
+                "from peft import PeftModel",
+                f"from transformers import {loader}",
+                "",
+                f'base = {loader}.from_pretrained("{parcel.base_model}"{more})',
+                "model = PeftModel.from_pretrained(",
+                f'    base, "{repo_id}", subfolder="static-lora"{pin}',
+                ")",
             ),
         ]
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from moeadapt.adapter_format.adapter import check_values
 from moeadapt.adapter_format.files import exists, open_file, read_small
 from moeadapt.errors import AdapterFileError, ConfigError
 from moeadapt.export.receipt import RECEIPT, Receipt
@@ -25,7 +26,7 @@ def checkpoint_parcel(folder: Path, base_model: str | None = None) -> Parcel:
         base_model: id of the dense base; None: what the receipt says.
 
     Raises:
-        AdapterFileError: a file is missing or damaged.
+        AdapterFileError: a file is missing or damaged, or a tensor holds NaN or infinity.
         ConfigError: there is no receipt, it describes other weights, or the base has no id.
     """
     receipt = Receipt.load(folder)
@@ -82,10 +83,9 @@ def _json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> list[str]:
-    """Return the files of the weights; each holds the tensors that the index says."""
+    """Return the files of the weights; each holds the tensors that the index says, all finite."""
     names = sorted(path.name for path in folder.glob("model*.safetensors"))
-    index = _json(folder, INDEX).get("weight_map") if exists(folder, INDEX) else None
-    home = index if isinstance(index, dict) else {}
+    home = _index(folder) if exists(folder, INDEX) else {}
     if not names or (home and set(names) != set(home.values())):
         raise AdapterFileError(
             f"{folder}: its weights are {names}, and {INDEX} names "
@@ -94,8 +94,10 @@ def _weights(folder: Path) -> list[str]:
     for name in names:
         open_file(folder, name).close()
         try:
-            with safe_open(folder / name, framework="np") as file:
+            with safe_open(folder / name, framework="pt") as file:
                 found = set(file.keys())
+                for tensor in sorted(found):
+                    check_values({tensor: file.get_tensor(tensor)}, folder / name)
         except SafetensorError as error:
             raise AdapterFileError(
                 f"{folder / name}: is damaged: {error}; copy it again from where it was written"
@@ -104,3 +106,14 @@ def _weights(folder: Path) -> list[str]:
         if home and found != wanted:
             raise AdapterFileError(f"{folder / name}: holds other tensors than {INDEX} says")
     return names
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """Return tensor -> file of the weights."""
+    found = _json(folder, INDEX).get("weight_map")
+    if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+        raise AdapterFileError(
+            f"{folder / INDEX}: field weight_map must name one file for each tensor; copy it again "
+            "from where it was written"
+        )
+    return found

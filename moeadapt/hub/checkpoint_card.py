@@ -12,16 +12,16 @@ WAYS = {"export": "a trained mixture of LoRA experts", "upcycle": "copies of a d
 COMMANDS = {
     "transformers": (
         'python -c "from transformers import pipeline; '
-        "print(pipeline('text-generation', '{repo}')('Once', max_new_tokens=20))\""
+        "print(pipeline('text-generation', '{repo}'{option})('Once', max_new_tokens=20))\""
     ),
-    "vllm": "vllm serve {repo}",
-    "sglang": "python -m sglang.launch_server --model-path {repo}",
+    "vllm": "vllm serve {repo}{flag}",
+    "sglang": "python -m sglang.launch_server --model-path {repo}{flag}",
     "llama.cpp": (
-        "hf download {repo} --local-dir model && python convert_hf_to_gguf.py model "
+        "hf download {repo}{flag} --local-dir model && python convert_hf_to_gguf.py model "
         "--outfile model.gguf --outtype f32 && llama-server -m model.gguf"
     ),
 }
-"""Engine of a receipt -> what to type."""
+"""Engine of a receipt -> what to type; {option} and {flag} pin a branch."""
 
 
 def front_matter(parcel: Parcel, datasets: list[str]) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def front_matter(parcel: Parcel, datasets: list[str]) -> dict[str, Any]:
     }
 
 
-def checkpoint_part(parcel: Parcel, repo_id: str, revision: str | None) -> str:
+def our_part(parcel: Parcel, repo_id: str, revision: str | None) -> str:
     """Return our part of the card, Markdown."""
     return "\n\n".join(_sections(parcel, repo_id, revision))
 
@@ -65,10 +65,18 @@ def _sections(parcel: Parcel, repo_id: str, revision: str | None) -> Iterator[st
     for verdict in receipt.engines:
         command = COMMANDS.get(_key(verdict.engine))
         if command is not None and verdict.status != "wrong":
-            yield f"{text(verdict.engine)}:\n\n" + code("bash", command.format(repo=repo_id))
+            yield f"{text(verdict.engine)}:\n\n" + code("bash", _pinned(command, repo_id, revision))
     yield "## How it was made"
     yield f"By `moeadapt {text(receipt.kind)}`; the receipt is `export_receipt.json`."
     yield code("text", *_safe(receipt.text()))
+
+
+def _pinned(command: str, repo_id: str, revision: str | None) -> str:
+    return command.format(
+        repo=repo_id,
+        option=f", revision='{revision}'" if revision else "",
+        flag=f" --revision {revision}" if revision else "",
+    )
 
 
 def _key(engine: str) -> str:

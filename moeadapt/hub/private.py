@@ -8,10 +8,12 @@ from pathlib import Path
 from moeadapt.errors import ConfigError
 
 _SECRETS = {
-    "a token of the hub": r"(?<![\w-])hf_[A-Za-z0-9]{30,}",
+    "a token of the hub": r"(?<![\w-])(?:hf|api_org)_[A-Za-z0-9]{30,}",
     "a token of GitHub": r"(?<![\w-])(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{22,})",
     "an API key": r"(?<![\w-])(?:sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|xox[abpr]-[\w-]{10,})",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    # A name in braces, as in ${TOKEN}, stands for a password and is none.
+    "a password in an address": r"[A-Za-z][\w+.-]*://[^\s/:@\"'<>]*:[^\s/@\"'<>{}$]+@[\w\[]",
 }
 
 _TOP = (
@@ -22,8 +24,8 @@ _PATHS = (
     r"(?<![\w])[A-Za-z]:\\+\w[^\s\"'`<>)\]]*",
     r"file:///[^\s\"'`<>)\]]+",
 )
-_IN_DATA = r"(?<=[\"'\s])/[\w.@+-]+(?:/[\w.@+ -]+)+(?=[\"'\s]|$)"
-"""Any absolute path that is the whole value of a field."""
+_IN_DATA = r"(?<=[\"'\s\[{(,])/[\w.@+-]+(?:/[\w.@+ -]+)+(?=[\"'\s\]}),]|$)"
+"""Any absolute path that is the whole value of a field, or one of a list."""
 
 DATA = (".json", ".yaml", ".yml")
 

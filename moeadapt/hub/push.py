@@ -9,22 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from moeadapt.adapter_format.files import exists, read_small
+from moeadapt.adapter_format.files import exists
 from moeadapt.adapter_format.settings import SETTINGS
 from moeadapt.errors import ConfigError
 from moeadapt.export.receipt import RECEIPT
-from moeadapt.hub import adapter_card, checkpoint_card
 from moeadapt.hub.adapter import adapter_parcel, seal
 from moeadapt.hub.attachments import add_recipe, add_report
+from moeadapt.hub.card import card_of
 from moeadapt.hub.checkpoint import checkpoint_parcel
-from moeadapt.hub.client import Remote, RemoteState
-from moeadapt.hub.names import check_datasets, check_license, check_repo_id, check_revision
-from moeadapt.hub.parcel import CARD, MAX_TEXT_BYTES, Parcel
+from moeadapt.hub.client import Remote, RemoteState, find_token
+from moeadapt.hub.names import check_datasets, check_repo_id, check_revision
+from moeadapt.hub.parcel import CARD, Parcel
 from moeadapt.hub.private import check_private
 from moeadapt.hub.remote_kind import check_kind, stale_files
 from moeadapt.hub.results import read_results
 from moeadapt.hub.source import saved_model
-from moeadapt.model_card.merge import make_card, own_text, read_card
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +106,14 @@ def push(
         message: of the commit.
         token: of the hub; None: HF_TOKEN, or that of `hf auth login`.
         overwrite: write over files that moeadapt did not write.
-        dry_run: check all that can be checked without the hub, and send nothing.
+        dry_run: check all that can be checked without a network, and send nothing.
 
     Raises:
         ConfigError: a name is wrong, base or licence are unknown, a file holds a token or a path of
             this machine, or there is nothing that could be published.
         AdapterFileError: a file is damaged.
         UnsupportedError: see `moeadapt.merge`.
+        AssetError: with_static_lora needs the base, and it cannot be had.
         HubError: the hub refuses, or cannot be reached.
 
     Example:
@@ -126,16 +126,26 @@ def push(
     if data is not None and not with_static_lora:
         raise ConfigError("data is what with_static_lora looks at; give both or neither")
     remote = None if dry_run else Remote(repo_id, token)
+    secret = find_token(token)
+    check_private("the message of the commit", (message or "").encode(), secret)
     with ExitStack() as stack:
         folder, model = _source(model_or_dir, adapter, stack)
         parcel = _parcel(folder, base_model)
         _attach(parcel, recipe, report, evaluation, known)
         if with_static_lora:
-            _add_static(parcel, model, adapter, data, tokenizer)
-        parcel.check_private(token if remote is None else remote.token)
+            _add_static(parcel, model, adapter, data, tokenizer, offline=dry_run)
+        parcel.check_private(secret)
         state = RemoteState() if remote is None else remote.state(revision)
         check_kind(parcel, state, repo_id, private=private, overwrite=overwrite)
-        card = _card(parcel, repo_id, revision, license, state, from_model=model is not None)
+        card = card_of(
+            parcel,
+            repo_id,
+            revision,
+            license,
+            state.readme,
+            from_model=model is not None,
+            token=secret,
+        )
         parcel.files[CARD] = card.encode()
         if parcel.kind == "adapter":
             seal(parcel)
@@ -208,7 +218,9 @@ def _attach(
         raise ConfigError("recipe, report and evaluation belong to an adapter; leave them out")
 
 
-def _add_static(parcel: Parcel, model: Any, adapter: str, data: Any, tokenizer: Any) -> None:
+def _add_static(
+    parcel: Parcel, model: Any, adapter: str, data: Any, tokenizer: Any, *, offline: bool
+) -> None:
     from moeadapt.hub.static_lora import add_static_lora, load_adapter
 
     if parcel.kind != "adapter":
@@ -216,57 +228,6 @@ def _add_static(parcel: Parcel, model: Any, adapter: str, data: Any, tokenizer: 
     name = adapter
     if model is None:
         name = "default"
-        model, found = load_adapter(parcel.folder, parcel.facts, parcel.place)
+        model, found = load_adapter(parcel.folder, parcel.facts, parcel.place, offline=offline)
         tokenizer = tokenizer or found
     add_static_lora(parcel, model, name, data=data, tokenizer=tokenizer)
-
-
-def _card(
-    parcel: Parcel,
-    repo_id: str,
-    revision: str | None,
-    license: str | None,
-    state: RemoteState,
-    *,
-    from_model: bool,
-) -> str:
-    """Return README.md: of the hub with our part, or else of the folder with our part."""
-    where, old = f"README.md of {repo_id}", state.readme
-    if old is None and not from_model and exists(parcel.folder, CARD):
-        where = str(parcel.folder / CARD)
-        old = _local_card(parcel, where)
-    elif not from_model and exists(parcel.folder, CARD):
-        mine = read_small(parcel.folder, CARD, MAX_TEXT_BYTES).decode("utf-8", "replace")
-        if own_text(mine).strip() not in (old or ""):
-            parcel.left_out[CARD] = "the repository has one, and its text is kept"
-    theirs = read_card(old, where).data.to_dict()
-    named = license or theirs.get("license")
-    check_license(named if isinstance(named, str) or not named else "", theirs)
-    kind = adapter_card if parcel.kind == "adapter" else checkpoint_card
-    fields = kind.front_matter(parcel, parcel.facts["datasets"])
-    if license:
-        theirs_wins = theirs.get("license") not in (None, license)
-        if theirs_wins:
-            raise ConfigError(
-                f"{where} says license {theirs['license']!r}, and you say {license!r}; change it "
-                "there, or leave yours out"
-            )
-        fields["license"] = license
-    write = (
-        adapter_card.adapter_part if parcel.kind == "adapter" else checkpoint_card.checkpoint_part
-    )
-    part = write(parcel, repo_id, revision)
-    check_private(f"our part of {CARD}", f"{part}\n{fields}".encode(), None)
-    return make_card(fields, part, old, where)
-
-
-def _local_card(parcel: Parcel, where: str) -> str:
-    """Return the card of the folder, its base named by its id; nothing private in what is kept."""
-    text = parcel.with_id(read_small(parcel.folder, CARD, MAX_TEXT_BYTES)).decode(
-        "utf-8", "replace"
-    )
-    front = read_card(text, where).data.to_dict()
-    for name in ("base_model",):
-        front.pop(name, None)
-    check_private(where, f"{own_text(text)}\n{front}".encode(), None)
-    return text

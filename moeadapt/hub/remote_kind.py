@@ -2,6 +2,7 @@
 
 import re
 
+from moeadapt.adapter_format.files import exists
 from moeadapt.adapter_format.settings import MANIFEST, SETTINGS, WEIGHTS
 from moeadapt.errors import ConfigError
 from moeadapt.export.receipt import RECEIPT
@@ -16,6 +17,9 @@ def check_kind(
 ) -> None:
     """Refuse to write over what moeadapt did not write, or into a repository of another kind.
 
+    Of an adapter the manifest there says what moeadapt wrote, of a checkpoint its receipt. A file
+    with the same content, or with that of the folder, is not written over.
+
     Raises:
         ConfigError: says what is there.
     """
@@ -28,21 +32,32 @@ def check_kind(
         )
     if parcel.kind == "adapter":
         other = {"config.json", "model.safetensors"} & there
-        strange = there & {SETTINGS, WEIGHTS} if MANIFEST not in there else set()
+        ours = {*state.sealed, CARD, MANIFEST}
     else:
         other = {SETTINGS, WEIGHTS} & there
-        strange = {n for n in there if _SHARDS.fullmatch(n)} if RECEIPT not in there else set()
+        ours = there if RECEIPT in there else {CARD}
     if other:
         what = "a whole model" if parcel.kind == "adapter" else "an adapter"
         raise ConfigError(
             f"{repo_id} holds {what} ({', '.join(sorted(other))}), and a repository is one or the "
             "other; push to another name"
         )
+    goes = set(parcel.files) | set(stale_files(parcel, state))
+    strange = {n for n in (there & goes) - ours if not _is_same(parcel, state, n)}
     if strange and not overwrite:
         raise ConfigError(
             f"{repo_id} holds {', '.join(sorted(strange))}, which moeadapt did not write; push to "
             "another name, or say --overwrite (overwrite=True)"
         )
+
+
+def _is_same(parcel: Parcel, state: RemoteState, name: str) -> bool:
+    if name not in parcel.files:
+        return False
+    if state.holds(name, parcel.files[name]):
+        return True
+    # A trainer pushes files as they are; a parcel has the base's id in them.
+    return exists(parcel.folder, name) and state.holds(name, parcel.folder / name)
 
 
 def stale_files(parcel: Parcel, state: RemoteState) -> tuple[str, ...]:

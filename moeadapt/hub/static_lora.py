@@ -6,10 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 
 from moeadapt.adapter_format.settings import SETTINGS, WEIGHTS
-from moeadapt.errors import ConfigError
+from moeadapt.embedded import cache_folder, find_model
+from moeadapt.errors import AssetError, ConfigError
 from moeadapt.hub.parcel import Parcel
 from moeadapt.rows import to_batches
 
@@ -18,13 +20,16 @@ MAX_LENGTH = 1024
 """Tokens of a row that are looked at."""
 
 
-def load_adapter(folder: Path, facts: dict[str, Any], place: str | None) -> tuple[PeftModel, Any]:
+def load_adapter(
+    folder: Path, facts: dict[str, Any], place: str | None, *, offline: bool = False
+) -> tuple[PeftModel, Any]:
     """Load an adapter on the base that it names, through the checks of loading, and a tokenizer.
 
     Args:
         folder: of the adapter.
         facts: its settings, the base by its id.
         place: the base on this machine; None: it is loaded by its id.
+        offline: take the base from this machine only.
 
     Raises:
         AssetError: the base cannot be had.
@@ -33,11 +38,34 @@ def load_adapter(folder: Path, facts: dict[str, Any], place: str | None) -> tupl
     from moeadapt.training.objectives import OBJECTIVES
     from moeadapt.training.recipe import RunArguments
 
-    name = place or facts["base_model_name_or_path"]
+    asked = place or facts["base_model_name_or_path"]
+    name = _on_this_machine(asked) if offline else asked
     goal = OBJECTIVES["reward" if facts.get("task_type") == "SEQ_CLS" else "sft"]
     run = RunArguments(model_name_or_path=name, dtype="auto")  # type: ignore[arg-type]
     model, tokenizer = load_base(run, goal)
+    if offline and find_model(asked) is None:
+        model.name_or_path = asked  # a snapshot of the cache is that model
     return PeftModel.from_pretrained(model, str(folder)).eval(), tokenizer
+
+
+def _on_this_machine(name: str) -> str:
+    """Return the folder of a base: itself, a built-in one, or a snapshot in the hub's cache."""
+    if Path(name).is_dir():
+        return name
+    built_in = find_model(name)
+    if built_in is not None:
+        config = cache_folder() / built_in.folder / "config.json"
+        found = str(config) if config.is_file() else None
+        get = f"use {name} once"
+    else:
+        found = try_to_load_from_cache(name, "config.json")
+        get = f"fetch it first (`hf download {name}`)"
+    if not isinstance(found, str):
+        raise AssetError(
+            f"a dry run uses no network, and the base {name!r}, which with_static_lora needs, is "
+            f"not on this machine; {get}, or leave with_static_lora out of the dry run"
+        )
+    return str(Path(found).parent)
 
 
 def add_static_lora(

@@ -1,7 +1,7 @@
 """The lines without which nobody can load one of our adapters; first in every card."""
 
 from moeadapt.model_card.markdown import code
-from moeadapt.model_card.merge import BEGIN, make_card
+from moeadapt.model_card.merge import MARK, make_card
 
 WHY = (
     "`import moeadapt` makes PEFT and transformers know the method; without it every loader stops "
@@ -40,4 +40,4 @@ def with_first_lines(card: str, where: str) -> str:
 
 def has_our_part(card: str) -> bool:
     """Whether a card was written by `moeadapt push`, or has our lines."""
-    return BEGIN.partition(":begin")[0] + ":begin" in card
+    return MARK in card

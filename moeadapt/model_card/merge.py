@@ -9,9 +9,12 @@ from huggingface_hub import ModelCard, ModelCardData
 from moeadapt.errors import ConfigError
 from moeadapt.model_card.templates import is_template
 
-BEGIN = "<!-- moeadapt:begin: `moeadapt push` replaces what is between these two marks -->"
+MARK = "<!-- moeadapt:begin"
+"""How `BEGIN` begins, whatever a version says after it."""
+
+BEGIN = f"{MARK}: `moeadapt push` replaces what is between these two marks -->"
 END = "<!-- moeadapt:end -->"
-_BEGIN = re.compile(r"<!-- moeadapt:begin\b[^>]*-->")
+_BEGIN = re.compile(rf"{MARK}\b[^>]*-->")
 
 OURS = ("library_name", "base_model", "base_model_relation")
 """Fields that say what the files are: ours, whatever stood there."""
@@ -39,7 +42,7 @@ def make_card(
     card = read_card(old, where)
     card.data = ModelCardData(**_fields(fields, card.data.to_dict()))
     card.text = _text(block, card.text, where, keep_draft)
-    return _front_first(str(card))
+    return _with_final_newline(str(card))
 
 
 def read_card(old: str | None, where: str) -> ModelCard:
@@ -102,7 +105,7 @@ def _text(block: str, text: str, where: str, keep_draft: bool) -> str:
         return f"\n{block}\n" + (f"\n{own}\n" if own else "")
     if len(begins) != 1 or len(ends) != 1 or ends[0] < begins[0].end():
         raise ConfigError(
-            f"{where}: holds {len(begins)} marks <!-- moeadapt:begin ... --> and {len(ends)} marks "
+            f"{where}: holds {len(begins)} marks {MARK} ... --> and {len(ends)} marks "
             f"{END}; leave one of each, in this order, or none"
         )
     before, after = text[: begins[0].start()], text[ends[0] + len(END) :]
@@ -111,5 +114,5 @@ def _text(block: str, text: str, where: str, keep_draft: bool) -> str:
     return before + block + after
 
 
-def _front_first(text: str) -> str:
+def _with_final_newline(text: str) -> str:
     return text if text.endswith("\n") else text + "\n"

@@ -204,7 +204,7 @@ def _info(hub: Any, request: Request, signed: bool) -> Response:
             "downloads": 0,
             "likes": 0,
             "tags": [],
-            "siblings": [{"rfilename": file} for file in commit.files],
+            "siblings": [_sibling(*file) for file in commit.files.items()],
         }
     )
 
@@ -220,6 +220,17 @@ def _resolve(hub: Any, request: Request, signed: bool) -> Response:
 
 def _at(hub: Any, request: Request, signed: bool) -> Commit:
     return _repository(hub, request, signed).at(request.names["revision"] or MAIN)
+
+
+def _sibling(name: str, content: bytes) -> dict[str, Any]:
+    blob = hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+    told: dict[str, Any] = {"rfilename": name, "size": len(content), "blobId": blob}
+    if name.endswith(LARGE):
+        # As on the hub: the blob is a pointer, whose id says nothing of the content.
+        sha256 = hashlib.sha256(content).hexdigest()
+        pointer = {"sha256": sha256, "size": len(content), "pointerSize": 130}
+        told |= {"blobId": hashlib.sha1(sha256.encode()).hexdigest(), "lfs": pointer}
+    return told
 
 
 def _oid(content: bytes) -> str:

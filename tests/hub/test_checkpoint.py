@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import moeadapt
@@ -62,6 +63,18 @@ def test_an_export_is_pushed_with_a_card_of_its_own_and_loads_without_moeadapt(h
     assert torch.equal(logits(there, batch()), logits(here, batch()))
 
 
+def test_the_commands_of_a_branch_serve_that_branch(hub, exported):
+    pushed(exported, revision="v2")
+    text = files_of(hub, "v2")[CARD].decode()
+    assert 'from_pretrained("ann/math", revision="v2")' in text
+    commands = [
+        line for line in text.splitlines() if line.startswith(("python -", "vllm serve", "hf "))
+    ]
+    assert len(commands) > 1
+    for line in commands:
+        assert "--revision v2" in line or "revision='v2'" in line, line
+
+
 def test_an_upcycled_one_asks_for_its_base_and_says_how_it_was_made(hub, upcycled):
     with pytest.raises(ConfigError, match="--base-model owner/name"):
         pushed(upcycled, base_model=None)
@@ -78,6 +91,9 @@ DAMAGE = {
     "config": ("is damaged", lambda f: (f / "config.json").write_text("{")),
     "no weights": ("its weights are \\[\\]", lambda f: (f / "model.safetensors").unlink()),
     "cut weights": ("is damaged|has .* bytes", lambda f: cut(f / "model.safetensors")),
+    "NaN": ("holds 1 NaN", lambda f: spoil(f / "model.safetensors")),
+    "lists in the index": ("weight_map must name one file", lambda f: index(f, ["a"])),
+    "index without a map": ("weight_map must name one file", lambda f: index(f, None)),
     "more weights": (
         "its weights have .* bytes",
         lambda f: shutil.copy(f / "model.safetensors", f / "model-2.safetensors"),
@@ -88,6 +104,17 @@ DAMAGE = {
 
 def cut(path):
     path.write_bytes(path.read_bytes()[:-9])
+
+
+def spoil(path):
+    tensors = load_file(path)
+    tensors["model.norm.weight"][0] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def index(folder, file):
+    weight_map = file and {"model.norm.weight": file}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def set_field(path, **fields):

@@ -5,8 +5,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moeadapt.errors import AssetError
 from tests.faults.cli import MAIN, call
-from tests.hub.kit import BASE, CARD, copied, files_of, shelf
+from tests.faults.loading_kit import edit_settings
+from tests.hub.kit import BASE, CARD, add_base, connected, copied, files_of, pushed, shelf
 from tests.hub.loopback import TOKEN, Loopback
 from tests.hub.transcript import OUT, ROOT
 
@@ -72,6 +77,41 @@ def test_a_push_from_a_terminal_lands_on_the_hub_without_the_token_anywhere(tmp_
     assert TOKEN not in done.stdout
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes()
+
+
+def test_a_pipe_gets_no_bars_and_lines_that_are_not_folded(tmp_path):
+    folder = copied(tmp_path)
+    (folder / ("x" * 90 + ".txt")).write_text("mine")
+    for more in ([], ["--json"]):
+        arguments = ["push", str(folder), "ann/math", *GIVEN, "--with-static-lora", "--dry-run"]
+        answer = call(*arguments, *more)
+        assert answer.code == 0, answer.err
+        assert "%|" not in answer.err + answer.out
+        assert more or f"stays here: {'x' * 90}.txt (not part of what is published)\n" in answer.out
+
+
+def test_a_dry_run_takes_the_base_from_this_machine_or_says_that_it_is_not_there(tmp_path):
+    folder = edit_settings(copied(tmp_path), base_model_name_or_path="ann/nowhere")
+    with connected(tmp_path / "home", token=TOKEN) as hub:
+        with pytest.raises(AssetError, match="uses no network.*hf download ann/nowhere"):
+            pushed(folder, base_model=None, with_static_lora=True, dry_run=True)
+        assert hub.log == []
+        add_base(hub)
+        AutoModelForCausalLM.from_pretrained(BASE)  # and now it is in the cache
+        AutoTokenizer.from_pretrained(BASE)
+        edit_settings(folder, base_model_name_or_path=BASE)
+        hub.heal()
+        result = pushed(folder, base_model=None, with_static_lora=True, dry_run=True)
+        assert "static-lora/adapter_model.safetensors" in result.files
+        assert hub.log == []
+
+
+def test_a_dry_run_does_not_build_a_base_that_is_built_in(tmp_path, monkeypatch):
+    monkeypatch.setenv("MOEADAPT_CACHE", str(tmp_path / "cache"))
+    folder = edit_settings(copied(tmp_path), base_model_name_or_path="embedded:smollm2-135m")
+    with pytest.raises(AssetError, match="uses no network.*use embedded:smollm2-135m once"):
+        pushed(folder, with_static_lora=True, dry_run=True)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_help_shows_examples_and_imports_no_torch():

@@ -34,7 +34,7 @@ def hub(tmp_path):
 
 
 def doubled(tmp_path, **options):
-    """Return the adapter with other weights, and of another alpha."""
+    """Return the adapter with other weights."""
     folder = copied(tmp_path)
     return edit_tensors(folder, lambda t: {k: 2 * v for k, v in t.items()})
 

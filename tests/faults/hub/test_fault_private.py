@@ -93,12 +93,19 @@ def test_fault_103_a_path_in_the_header_of_the_weights_is_refused(hub, tmp_path)
         pushed(folder)
 
 
+@pytest.mark.parametrize("value", ["[/storage/me/x]", "{a: /storage/me/x}", "[a,/storage/me/x]"])
+def test_fault_103_any_absolute_path_in_a_list_is_refused(value):
+    with pytest.raises(ConfigError, match="r.yaml:2: holds the path '/storage/me/x'"):
+        check_private("r.yaml", f"seed: 1\nx: {value}\n".encode())
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "see https://example.org/home/ann and /no/such/top",
         "a/home/ann, ~/home/x, and /home alone",
         "ratio 3/4, /think and </data/>",
+        "http://127.0.0.1:80/a and https://ann:${TOKEN}@example.org",
     ],
 )
 def test_fault_103_addresses_and_words_are_no_paths(text):
@@ -121,6 +128,8 @@ SECRETS = [
     "ghp_" + "a1B2" * 9,
     "sk-" + "a1B2" * 9,
     "AKIA" + "A1B2" * 4,
+    "api_org_" + "a1B2" * 9,
+    "https://ann:a1B2@example.org/x",
     "-----BEGIN RSA PRIVATE KEY-----",
 ]
 
@@ -134,6 +143,23 @@ def test_fault_104_a_secret_in_a_file_is_refused_and_not_repeated(hub, tmp_path,
         pushed(folder)
     assert secret not in str(caught.value)
     assert REPO not in hub.repositories
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize("place", ["card", "message", "file"])
+def test_fault_104_a_token_of_no_known_form_is_found_by_what_is_in_use(tmp_path, place, dry_run):
+    token, folder = "no-known-form", copied(tmp_path)
+    if place != "message":
+        (folder / (CARD if place == "card" else "recipe.yaml")).write_text(
+            f"logging_dir: {token}\n"
+        )
+    message = f"with {token}" if place == "message" else None
+    with connected(tmp_path / "home", token=token) as hub:
+        hub.token = token
+        with pytest.raises(ConfigError, match="the token that you push with") as caught:
+            pushed(folder, message=message, dry_run=dry_run)
+        assert token not in str(caught.value)
+        assert REPO not in hub.repositories
 
 
 @pytest.mark.parametrize("way", ["argument", "environment", "login"])
