@@ -118,9 +118,9 @@ def _print(result: Any) -> None:
         table.add_row(name, f"{size:,}")
     console.print(table)
     for name in result.deleted:
-        console.print(f"removed there, part of an earlier push: {name}")
+        console.print(f"removed there, part of an earlier push: {name}", soft_wrap=True)
     for name, why in result.left_out.items():
-        console.print(f"stays here: {name} ({why})")
+        console.print(f"stays here: {name} ({why})", soft_wrap=True)
     if result.commit is None:
         console.print("dry run: nothing was sent")
     else:

@@ -33,6 +33,10 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "adde
 """Hold words of all kinds, among them the names of folders of Unix."""
 
 
+_BASE_FIELDS = ("base_model", "base_model_name_or_path", "model_name_or_path", "_?name_or_path")
+"""Fields of settings, recipes, tokenizers and cards that name a base."""
+
+
 def check_private(name: str, content: bytes, token: str | None = None) -> None:
     """Refuse a text file that holds a token or a path of this machine.
 
@@ -85,6 +89,9 @@ def _line(text: str, at: int) -> int:
 def with_base(text: str, place: str | None, base_model: str) -> str:
     """Return `text` with the base's id where it names the base's place on this machine.
 
+    A name without a separator, as `model`, may be any word: it is looked for only as the value of
+    a field that names a base.
+
     Args:
         text: of a file that is sent; the file itself stays as it is.
         place: a folder; None: the base was known by its id.
@@ -92,4 +99,9 @@ def with_base(text: str, place: str | None, base_model: str) -> str:
     """
     if not place:
         return text
-    return re.sub(rf"(?<![\w/.-]){re.escape(place.rstrip('/'))}/?(?![\w/.-])", base_model, text)
+    name = re.escape(place.rstrip("/"))
+    if re.search(r"[/\\]", place.rstrip("/")):
+        return re.sub(rf"(?<![\w/.-]){name}/?(?![\w/.-])", lambda _: base_model, text)
+    field = rf"(?<![\w-])([\"']?(?:{'|'.join(_BASE_FIELDS)})[\"']?[ \t]*:[ \t]*[\"']?){name}/?"
+    ends = r"(?=[\"']?[ \t]*(?:[,}#]|$))"
+    return re.sub(field + ends, lambda found: found[1] + base_model, text, flags=re.MULTILINE)

@@ -55,7 +55,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "json": (lambda f: (f / SETTINGS).write_text("{"), "settings", "error", "line 1"),
     "field": (lambda f: edit_settings(f, r=-1), "settings", "error", "r=-1"),
     "unknown": (lambda f: edit_settings(f, moo=1), "settings", "warning", "unknown fields"),
-    "foreign": (lambda f: edit_settings(f, peft_type="LORA"), "settings", "error", "of another adapter"),
+    "foreign": (
+        lambda f: edit_settings(f, peft_type="LORA"),
+        "settings",
+        "error",
+        "of another adapter",
+    ),
     "rank": (lambda f: edit_settings(f, r=10**6), "header", "error", "r=1000000"),
     "cut": (lambda f: os.truncate(f / WEIGHTS, 900), "header", "error", "cut off"),
     "weights": (lambda f: (f / WEIGHTS).unlink(), "header", "error", "has no adapter_model"),

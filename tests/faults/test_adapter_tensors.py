@@ -92,7 +92,12 @@ def test_fault_018_an_extra_tensor_of_our_own_is_refused(tmp_path):
     assert_refused(folder, "holds 1 tensor .*lora_C.*which its settings do not make")
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64, torch.float8_e4m3fn])
+def test_fault_019_a_type_that_no_adapter_has_is_refused(tmp_path):
+    folder = edit_tensors(fresh(tmp_path), lambda t: t.update({A: t[A].to(torch.float8_e4m3fn)}))
+    assert_refused(folder, "lora_A.weight': unknown type 'F8_E4M3'; one of .*'F32'")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.int64])
 def test_fault_019_tensors_of_integers_are_refused(tmp_path, dtype):
     folder = edit_tensors(fresh(tmp_path), lambda t: t.update({A: t[A].to(dtype)}))
     assert_refused(folder, "lora_A.weight' is .*must be .'F16', 'BF16', 'F32', 'F64'.")

@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from moeadapt.errors import ConfigError, HubError
-from moeadapt.hub.private import check_private
+from moeadapt.hub.private import check_private, with_base
 from tests.faults.loading_kit import edit_settings, reseal
 from tests.hub.kit import BASE, CARD, REPO, WEIGHTS, connected, copied, files_of, pushed, shelf
 from tests.hub.loopback import TOKEN
@@ -202,3 +202,21 @@ def test_fault_104_the_token_is_in_no_file_log_or_traceback(tmp_path, capfd, fau
     for path in tmp_path.rglob("*"):
         if path.is_file() and path != home / "token":
             assert TOKEN.encode() not in path.read_bytes(), path
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "wanted"),
+    [
+        ("model", '{\n "model": {"type": "BPE"},\n "x": "model"}', None),
+        ("model", "{% if role == 'model' %}", None),
+        ("model", "This model is good.", None),
+        ("model", "base_model: model\ntags: [model]", "base_model: ann/base\ntags: [model]"),
+        ("model", "model_name_or_path: model  # mine", "model_name_or_path: ann/base  # mine"),
+        ("model", '{"name_or_path": "model", "a": 1}', '{"name_or_path": "ann/base", "a": 1}'),
+        ("out/b", "see out/b, not out/bb", "see ann/base, not out/bb"),
+        ("/m/b/", "base: '/m/b'", "base: 'ann/base'"),
+    ],
+)
+def test_fault_103_the_name_of_a_folder_is_no_word_of_other_texts(place, text, wanted):
+    """A base in a folder called `model` once broke tokenizers and the owner's sentences."""
+    assert with_base(text, place, "ann/base") == (wanted or text)
