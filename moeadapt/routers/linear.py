@@ -27,7 +27,7 @@ class LinearRouterConfig(RouterConfig, ABC):
     """Options shared by every router whose logits are one linear map of the hidden state.
 
     Attributes:
-        temperature: logits are divided by it, > 0; above 1 flattens the choice.
+        temperature: logits are divided by it, >= 1e-6; above 1 flattens the choice.
         bias: whether the gate adds a learned bias per expert.
         norm: normalisation of the hidden state before the gate: `none`, `rms` (unit root mean
             square) or `standardize` (zero mean, unit variance).
@@ -42,7 +42,7 @@ class LinearRouterConfig(RouterConfig, ABC):
             https://arxiv.org/abs/2408.10681); without effect on experts of equal rank.
     """
 
-    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    temperature: Annotated[float, Field(ge=1e-6)] = 1.0
     bias: bool = False
     norm: Literal["none", "rms", "standardize"] = "none"
     init_std: Annotated[float, Field(gt=0.0)] = 0.02

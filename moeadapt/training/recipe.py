@@ -9,6 +9,7 @@ nested fields take a dot: `--moe.router.k 1`.
 import argparse
 import copy
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -157,6 +158,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         set_nested(values, key, value)
         places.set_by_flag(key)
     settings = copy.deepcopy(values)
+    _warn_of_trust(values, places)
     classes = (RunArguments, goal.config_class())
     known = {f.name for cls in classes for f in fields(cls) if f.init}
     refuse_unknown(values, known | set(SECTIONS), places)
@@ -187,6 +189,21 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         source=source,
         settings=settings,
     )
+
+
+def _warn_of_trust(values: dict[str, Any], places: Places) -> None:
+    """Say that a recipe cannot allow code of a hub to run, wherever it tries."""
+    inner = values.get("model_init_kwargs")
+    top = values.get("trust_remote_code")
+    asked: list[tuple[str, ...]] = [("trust_remote_code",)] if top else []
+    if isinstance(inner, dict) and inner.get("trust_remote_code"):
+        asked.append(("model_init_kwargs", "trust_remote_code"))
+    for path in asked:
+        warnings.warn(
+            f"{places.of(*path)}: {'.'.join(path)} is ignored: a recipe does not let code of a hub "
+            "run; load such a model in Python, and give it to a trainer",
+            stacklevel=3,
+        )
 
 
 def _check_comparison(goal: Objective, adapter: PeftConfig, args: Any, source: str) -> None:

@@ -67,6 +67,9 @@ def _plain_lora(settings: Mapping[str, Any]) -> LoraConfig:
         config = LoraConfig(**settings)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lora: {error}") from None
+    names = config.target_modules
+    if not isinstance(names, str | list | set | None):
+        raise ConfigError(f"lora.target_modules={names!r} must be a name, or a list of names")
     # PEFT looks at these while it builds, some not at all.
     whole = isinstance(config.r, int) and not isinstance(config.r, bool)
     if not whole or config.r < 1:

@@ -124,7 +124,12 @@ def _check_base(files: AdapterFiles, model: nn.Module) -> None:
     if files.manifest is None or options().allow_other_base:
         return
     saved = files.manifest.get("base")
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not saved:
+        warnings.warn(
+            f"{files.folder}: its manifest does not say on which base it was trained, so another "
+            "base would not be noticed; save it again from the model it was trained in",
+            stacklevel=2,
+        )
         return
     _, notes = compare(saved, fingerprint(model), f"{files.folder}: this adapter")
     for note in notes:

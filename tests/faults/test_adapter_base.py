@@ -205,3 +205,12 @@ def test_checkpoints_of_a_trainer_are_sealed_and_resume(tmp_path):
     broken = Trainer(wider, TrainingArguments(**settings), train_dataset=rows)
     with refusal("lora_A.*instead of"):
         broken.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("said", [None, {}, "llama"])
+def test_fault_045_a_manifest_that_names_no_base_is_told(tmp_path, said):
+    folder = fresh(tmp_path)
+    path = folder / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base": said}))
+    with pytest.warns(UserWarning, match="does not say on which base"):
+        by_from_pretrained(base_model(), folder)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from moeadapt.training.recipe import parse_recipe
 from tests.faults.cli import ROOT, Answer, call
 
 HEAD = "model_name_or_path: x\noutput_dir: unused\nuse_cpu: true\nbf16: false\n"
@@ -82,6 +83,8 @@ RANGES = {
     "alpha": ("moe:\n  lora_alpha: .nan\n", 1, "finite"),
     "schedule": ("moe:\n  r: 2\n  schedule:\n    k: {start: 0, steps: 3}\n", 3, "start=0"),
     "lora": ("lora:\n  lora_alpha: 3\n  r: -1\n", 2, "lora.r=-1"),
+    "lora targets": ("lora:\n  target_modules: 5\n", 1, "lora.target_modules=5 must be a name"),
+    "temperature": ("moe:\n  router: {name: top_k, temperature: 1.0e-38}\n", 1, "temperature"),
     "together": (
         "eval_strategy: steps\nsave_strategy: epoch\nload_best_model_at_end: true\n",
         2,
@@ -177,3 +180,23 @@ def test_fault_107_every_line_of_a_shipped_recipe_is_named_when_it_is_wrong(tmp_
         broken[number] = f"{key}: [no, number]"
         said = refused("\n".join(broken) + "\n", tmp_path)
         assert said.startswith(f"recipe.yaml:{number + 1}: "), (key, said)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "field"),
+    [
+        ("trust_remote_code: true\n", FIRST, "trust_remote_code"),
+        (
+            "model_init_kwargs:\n  trust_remote_code: true\n",
+            FIRST + 1,
+            "model_init_kwargs.trust_remote_code",
+        ),
+    ],
+)
+def test_fault_040_a_recipe_that_wants_to_run_code_is_told_that_it_does_not(
+    text: str, line: int, field: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(HEAD + text)
+    with pytest.warns(UserWarning, match=rf"recipe.yaml:{line}: {field} is ignored"):
+        parse_recipe("sft", str(path))

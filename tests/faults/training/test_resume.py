@@ -150,6 +150,8 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "router": ({"config": moe(**{**DRIFTING, "router": "top_k"})}, "router: .*noise.* -> "),
     "data": ({"rows": toy_text(6, seed=1)}, "data_sha256: "),
     "batch": ({"per_device_train_batch_size": 3}, "per_device_train_batch_size: 2 -> 3"),
+    "rate": ({"learning_rate": 0.5}, "learning_rate: .* -> 0.5"),
+    "optimizer": ({"optim": "sgd"}, "optim: 'adamw_torch.*' -> 'sgd'"),
 }
 
 
