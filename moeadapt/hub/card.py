@@ -71,7 +71,12 @@ def _license(license: str | None, theirs: dict[str, Any], where: str) -> str | N
 def _local_card(parcel: Parcel, where: str, token: str | None) -> str:
     """Return the card of the folder, its base named by its id; nothing private in what is kept."""
     content = parcel.with_id(read_small(parcel.folder, CARD, MAX_TEXT_BYTES))
-    text = content.decode("utf-8", "replace")
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from None
     front = read_card(text, where).data.to_dict()
     front.pop("base_model", None)  # ours stands there
     check_private(where, f"{own_text(text)}\n{front}".encode(), token)

@@ -18,7 +18,7 @@ from huggingface_hub.utils import get_session
 
 from moeadapt.adapter_format.settings import MANIFEST
 from moeadapt.errors import AdapterFileError, ConfigError, HubError
-from moeadapt.hub.failure import file_of, is_of_hub, reason_of, status_of
+from moeadapt.hub.failure import asked_to_commit, file_of, is_of_hub, reason_of, status_of
 from moeadapt.hub.parcel import CARD, sha256_of
 from moeadapt.version import __version__
 
@@ -205,6 +205,11 @@ class Remote:
             yield
         except Exception as error:
             end = f"; {left}" if left else ""
+            if status_of(error) is None and asked_to_commit(error):
+                end = (
+                    "; it is not known whether the commit arrived: look at the repository before "
+                    "you push again"
+                )
             here = file_of(error)
             if here is None and not is_of_hub(error):
                 raise

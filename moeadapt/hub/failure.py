@@ -56,6 +56,18 @@ def file_of(error: BaseException) -> str | None:
     return None
 
 
+def asked_to_commit(error: BaseException) -> bool:
+    """Whether it was the request for the commit itself that got no answer."""
+    for one in _chain(error):
+        try:
+            path = one.request.url.path  # type: ignore[attr-defined]
+        except (AttributeError, RuntimeError):  # the library's word for "no request"
+            continue
+        if "/commit/" in path:
+            return True
+    return False
+
+
 def status_of(error: BaseException) -> int | None:
     """Return the HTTP status that the hub answered; None: there is none."""
     return getattr(getattr(error, "response", None), "status_code", None)
