@@ -14,6 +14,7 @@ from moeadapt.adapter_format.settings import (
     no_weights,
 )
 from moeadapt.errors import AdapterFileError, ConfigError
+from moeadapt.journal import recover
 
 NAMES = {"LORA": "LoRA", "MOEADAPT": "moeadapt"}
 """peft_type -> what its adapters are called in messages."""
@@ -26,6 +27,7 @@ def read_settings(folder: str | Path, *peft_types: str) -> dict[str, Any]:
         AdapterFileError: a file is damaged.
         ConfigError: a file is missing, or it is an adapter of another type.
     """
+    recover(folder)
     folder = Path(folder)
     missing = [name for name in (SETTINGS, WEIGHTS) if not exists(folder, name)]
     if missing:

@@ -186,6 +186,11 @@ def remove_hidden(parent: Path, pattern: str) -> None:
             os.close(lock)
 
 
+def lock_folder(folder: Path) -> int | None:
+    """Lock a folder; see `_lock`."""
+    return _lock(folder)
+
+
 def _lock(folder: Path) -> int | None:
     """Return an open file that locks `folder` while its process lives; None if another has it.
 

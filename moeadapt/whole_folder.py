@@ -2,7 +2,7 @@
 
 Files are written into a hidden folder first. They get their names when they are complete and on the
 disk: a new folder by one rename, a folder of files by one exchange of both, and files in a folder
-that holds more (checkpoints, say) one by one, the file that names the others last.
+that holds more (checkpoints, say) one by one, out of a journal: see `moeadapt.journal`.
 """
 
 import ctypes
@@ -17,14 +17,15 @@ from pathlib import Path
 
 from moeadapt.errors import ConfigError
 from moeadapt.hidden_folder import HiddenFolder, remove_hidden, sync, writing
-
-LAST = "adapter_config.json"
-"""Without it no reader takes the other files for an adapter."""
+from moeadapt.journal import put_files, recover, start_journal
 
 CARD = "README.md"
 """Is updated, not written anew, so the old one has to be there."""
 
 _HIDDEN = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+
+_CUT_MANIFEST = re.compile(r"\.moeadapt_manifest\.json\.(partial-[0-9a-f]{8}|\d+)")
+"""A manifest that a killed process was writing; one in the making lies in a hidden folder."""
 
 _NO_EXCHANGE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EXDEV, errno.EBUSY, errno.EPERM)
 
@@ -39,6 +40,8 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
     Raises:
         ConfigError: `target` is a file.
         ExportError: the disk does not take it; `target` is as it was.
+        AdapterFileError: the disk takes the files, but not in their places; the message says where
+            they are. Or an earlier save cannot be completed, see `moeadapt.journal.recover`.
     """
     target = Path(os.path.realpath(target))
     if any(_HIDDEN.fullmatch(part) for part in target.parts):
@@ -49,8 +52,10 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         return
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file, and an adapter is a folder; name another place")
+    recover(target)
     with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_cut_manifests(target)
         holds_folders = target.is_dir() and any(path.is_dir() for path in target.iterdir())
     # Beside a folder that holds folders nothing is gained: it cannot be exchanged.
     inside = holds_folders or (target.is_dir() and not os.access(target.parent, os.W_OK))
@@ -123,8 +128,14 @@ def _put_adapter(folder: Path, target: Path) -> None:
     if not target.exists():
         os.rename(folder, target)
     elif folder.parent == target or not _exchange_files(folder, target):
-        _put_files(folder, target)
+        put_files(start_journal(folder, target))
     sync(target.parent)
+
+
+def _remove_cut_manifests(target: Path) -> None:
+    for path in target.iterdir() if target.is_dir() else ():
+        if _CUT_MANIFEST.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _exchange_files(folder: Path, target: Path) -> bool:
@@ -141,24 +152,6 @@ def _exchange_files(folder: Path, target: Path) -> bool:
     for path in kept:
         (folder / path.name).unlink()
     return False
-
-
-def _put_files(folder: Path, target: Path) -> None:
-    """Replace file by file; where the settings change, there are none in the meantime."""
-    for path in sorted(folder.iterdir(), key=lambda path: path.name == LAST):
-        place = target / path.name
-        if path.is_dir():
-            if place.is_dir():
-                _put_files(path, place)
-            else:
-                os.rename(path, place)
-            continue
-        settings, old = folder / LAST, target / LAST
-        both = settings.is_file() and old.is_file()
-        if both and path != settings and settings.read_bytes() != old.read_bytes():
-            old.unlink()
-        os.replace(path, place)
-    sync(target)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -14,6 +14,7 @@ from moeadapt.adapter_format.manifest import check_sha256, read_manifest
 from moeadapt.adapter_format.options import options
 from moeadapt.adapter_format.settings import MAX_BYTES, SETTINGS, WEIGHTS, no_weights
 from moeadapt.errors import AdapterFileError
+from moeadapt.journal import recover
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -53,6 +54,7 @@ class AdapterFiles:
         Raises:
             AdapterFileError: a file is missing, damaged, or not the one that was saved.
         """
+        recover(folder)
         self.folder = Path(folder)
         self.tensors: dict[str, Tensor] = {}
         self._is_read = False

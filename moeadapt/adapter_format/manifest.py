@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def write_manifest(folder: str | Path, base: dict[str, Any] | None) -> None:
         "base": base,
     }
     # A reader sees the old manifest or the new one, never half of it.
-    partial = folder / f".{MANIFEST}.{os.getpid()}"
+    partial = folder / f".{MANIFEST}.partial-{uuid.uuid4().hex[:8]}"
     partial.write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, folder / MANIFEST)
 

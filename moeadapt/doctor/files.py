@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moeadapt.adapter_format.settings import MANIFEST, PICKLED, SETTINGS, WEIGHTS
 from moeadapt.doctor.finding import Finding, Subject
+from moeadapt.journal import JOURNAL
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -107,6 +108,14 @@ def leftovers(subject: Subject) -> Iterator[Finding]:
     folder = Path(os.path.abspath(subject.place))
     beside = [p for p in _entries(folder.parent) if p.name.startswith(f".{folder.name}.partial-")]
     for path in (*_entries(folder), *beside):
+        if JOURNAL.fullmatch(path.name):
+            yield Finding(
+                check="leftovers",
+                level="warning",
+                what=f"{str(path)!r} holds the files of a save that was cut, or is at work now",
+                why="some of the adapter's files may still be the older ones",
+                cure="load the adapter, or save to it: either completes the save",
+            )
         if LEFTOVER.fullmatch(path.name):
             yield Finding(
                 check="leftovers",

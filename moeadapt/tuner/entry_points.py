@@ -3,6 +3,7 @@
 PEFT and transformers have no hook for it, and a check in one of their functions is passed by in the
 others. So the functions that know an adapter's folder are wrapped, once, when the method registers:
 
+- `PeftConfigMixin.from_pretrained`: completes a save that was cut, as all that load do;
 - `PeftConfigMixin.from_json_file`, `find_adapter_config_file`: read adapter_config.json, for PEFT
   and for `AutoModel`, before the base is loaded;
 - `PeftModel.from_pretrained`, `PeftModel.load_adapter`, `PreTrainedModel.load_adapter`: open the
@@ -32,19 +33,21 @@ from peft.utils.other import EMBEDDING_LAYER_NAMES as EMBEDDINGS
 from transformers import PreTrainedModel
 
 from moeadapt.adapter_format.adapter import AdapterFiles
-from moeadapt.adapter_format.fingerprint import fingerprint
-from moeadapt.adapter_format.manifest import remove_manifest, write_manifest
-from moeadapt.adapter_format.settings import METHOD, SETTINGS, WEIGHTS, is_ours
+from moeadapt.adapter_format.manifest import remove_manifest
+from moeadapt.adapter_format.settings import METHOD, SETTINGS, is_ours
 from moeadapt.errors import AdapterFileError
+from moeadapt.journal import recover
 from moeadapt.tuner.config import MoeLoraConfig
 from moeadapt.tuner.loading import check_known, current, loading
 from moeadapt.tuner.locate import find_folder, hub_arguments, read_config, refuse_uncached
+from moeadapt.tuner.native_save import save_natively, write_manifests
 
 _WRAPPED = "_moeadapt_wraps"
 
 
 def install() -> None:
     """Wrap the functions; calling it again does nothing."""
+    _wrap(PeftConfigMixin, "from_pretrained", _config_from_pretrained)
     _wrap(PeftConfigMixin, "from_json_file", _from_json_file)
     _wrap(auto, "find_adapter_config_file", _find_config)
     _wrap(native, "find_adapter_config_file", _find_config)
@@ -53,7 +56,7 @@ def install() -> None:
     _wrap(native.PeftAdapterMixin, "load_adapter", _load_natively)
     _wrap(save_and_load, "safe_load_file", _safe_load_file)
     _wrap(PeftModel, "save_pretrained", _save)
-    _wrap(PreTrainedModel, "save_pretrained", _save_natively)
+    _wrap(PreTrainedModel, "save_pretrained", save_natively)
     _wrap(PeftModel, "push_to_hub", _push_to_hub)
 
 
@@ -79,6 +82,14 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 
 
 # --- settings
+
+
+def _config_from_pretrained(
+    original: Callable[..., Any], cls: Any, model_id: Any, subfolder: Any = None, **kwargs: Any
+) -> Any:
+    if isinstance(model_id, str | os.PathLike):
+        recover(Path(model_id, subfolder or ""))
+    return original(cls, model_id, subfolder=subfolder, **kwargs)
 
 
 def _from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, **kw: Any) -> Any:
@@ -232,7 +243,7 @@ def _save(
         # Experts on a head leave the head as it is, and a file with it would be refused.
         kwargs.setdefault("save_embedding_layers", False)
     original(self, save_directory, *args, **kwargs)
-    _write(folders.values(), self.get_base_model())
+    write_manifests(folders.values(), self.get_base_model())
 
 
 _EMBEDDINGS_AT = 3
@@ -242,24 +253,6 @@ _EMBEDDINGS_AT = 3
 def _targets_embeddings(config: MoeLoraConfig) -> bool:
     targets = config.target_modules
     return not isinstance(targets, str) and any(name in EMBEDDINGS for name in targets or ())
-
-
-def _save_natively(
-    original: Callable[..., Any],
-    self: PreTrainedModel,
-    save_directory: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    configs = getattr(self, "peft_config", {}) if self._hf_peft_config_loaded else {}
-    is_main = kwargs.get("is_main_process", True)
-    ours = any(isinstance(c, MoeLoraConfig) for c in configs.values()) and is_main
-    if ours:
-        remove_manifest(save_directory)
-    result = original(self, save_directory, *args, **kwargs)
-    if ours and isinstance(configs.get(self.active_adapters()[0]), MoeLoraConfig):
-        _write([Path(save_directory)], self)
-    return result
 
 
 def _push_to_hub(
@@ -273,11 +266,3 @@ def _push_to_hub(
             stacklevel=3,
         )
     return original(self, repo_id, *args, **kwargs)
-
-
-def _write(folders: Any, base: Any) -> None:
-    present = [f for f in folders if (f / WEIGHTS).is_file() and (f / SETTINGS).is_file()]
-    if present:
-        print_of_base = fingerprint(base)
-        for folder in present:
-            write_manifest(folder, print_of_base)

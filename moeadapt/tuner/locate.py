@@ -15,6 +15,7 @@ from moeadapt.adapter_format.settings import (
     parse,
 )
 from moeadapt.errors import AdapterFileError, ConfigError
+from moeadapt.journal import recover
 
 _NO_ANSWER = (
     "{}: {} could not be fetched, so its files cannot be compared with what was saved: {}. "
@@ -41,10 +42,14 @@ def find_folder(model_id: Any, where: dict[str, Any], hub: bool = True) -> Path 
         model_id: a folder, or a repository of the hub.
         where: what `hub_arguments` returned.
         hub: whether to look at the hub, too.
+
+    Raises:
+        AdapterFileError: a save to the folder was cut and cannot be completed.
     """
     if not isinstance(model_id, str | os.PathLike):
         return None
     folder = Path(model_id, where.get("subfolder") or "")
+    recover(folder)
     try:
         if os.path.lexists(folder / SETTINGS):
             return folder

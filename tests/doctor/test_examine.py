@@ -85,6 +85,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "mode": (lambda f: (f / WEIGHTS).chmod(0o666), "modes", "warning", "every user"),
     "private": (lambda f: (f / WEIGHTS).chmod(0o600), "modes", "warning", "fewer users"),
     "left in it": (lambda f: (f / f".{MANIFEST}.17").touch(), "leftovers", "warning", "was left"),
+    "journal": (
+        lambda f: (f / ".adapter.complete-0123abcd").mkdir(),
+        "leftovers",
+        "warning",
+        "save that was cut",
+    ),
     "left beside": (
         lambda f: (f.parent / f".{f.name}.partial-0123abcd").mkdir(),
         "leftovers",
