@@ -94,7 +94,7 @@ def test_fault_071_the_error_of_a_merge_is_printed(tmp_path: Path) -> None:
     for name, options in (("merged", data), ("blind", [])):
         done = call(*arguments, str(tmp_path / name), "--method", "uniform", *options)
         assert done.code == 0, done.err
-        said = "Mean residual (0 exact, 1 no adapter)" if options else "residual: not measured"
+        said = "Mean residual: 0 is the mixture exactly" if options else "residual: not measured"
         assert said in " ".join(done.out.split())
         assert (tmp_path / name / "adapter_model.safetensors").is_file()
     # Without a method it is the one that measures, which needs data.
