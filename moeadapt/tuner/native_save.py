@@ -71,7 +71,7 @@ def save_natively(
         repo_id = more.pop("repo_id", None) or Path(os.path.abspath(save_directory)).name
         if given.get("token") is not None:
             more["token"] = given["token"]
-        self.push_to_hub(repo_id, **more)
+        self.push_to_hub(repo_id, **more)  # type: ignore[arg-type]
     return None
 
 
