@@ -29,8 +29,8 @@ def test_a_killed_save_of_a_model_loads_as_the_old_or_the_new_one(
     )
     expected = {"old": logits(old, batch()), "new": logits(new, batch())}
     if kind == "native":
-        old.save_pretrained(tmp_path / "old")
-        new.save_pretrained(tmp_path / "new")
+        old.save_pretrained(str(tmp_path / "old"))
+        new.save_pretrained(str(tmp_path / "new"))
         old, new = tiny("llama"), tiny("llama")
         old.load_adapter(str(tmp_path / "old"))
         new.load_adapter(str(tmp_path / "new"))
@@ -38,8 +38,8 @@ def test_a_killed_save_of_a_model_loads_as_the_old_or_the_new_one(
     for point in range(0, 400, 4):
         target = tmp_path / f"{point}" / "run"
         (target / "checkpoint-1").mkdir(parents=True)
-        old.save_pretrained(target)
-        died = killed(lambda place=target: new.save_pretrained(place), point)
+        old.save_pretrained(str(target))
+        died = killed(lambda place=target: new.save_pretrained(str(place)), point)
         found = outputs(target)
         name = next(name for name, tensor in expected.items() if torch.equal(found, tensor))
         seen.add(name)
@@ -58,7 +58,7 @@ def test_a_killed_save_of_a_model_loads_as_the_old_or_the_new_one(
     ],
 )
 def test_every_way_to_load_completes_a_cut_save(load: Any, tmp_path: Path) -> None:
-    adapted("llama", "block").save_pretrained(tmp_path / "run")
+    adapted("llama", "block").save_pretrained(str(tmp_path / "run"))
     left = tmp_path / "run" / ".adapter.complete-0123abcd"
     left.mkdir()
     for path in (tmp_path / "run").iterdir():
@@ -74,7 +74,7 @@ def natives(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     models = []
     for seed in (1, 2):
         folder = tmp_path_factory.mktemp("native")
-        adapted("llama", "block", seed=seed, lora_alpha=8 * seed).save_pretrained(folder)
+        adapted("llama", "block", seed=seed, lora_alpha=8 * seed).save_pretrained(str(folder))
         models.append(tiny("llama"))
         models[-1].load_adapter(str(folder))
     return models
@@ -85,10 +85,10 @@ def test_a_full_disk_leaves_a_natively_saved_adapter(
     limit: int, natives: list[Any], tmp_path: Path
 ) -> None:
     old, new = natives
-    old.save_pretrained(tmp_path / "a")
+    old.save_pretrained(str(tmp_path / "a"))
     before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
     with small_files(limit), pytest.raises(ExportError, match="cannot write"):
-        new.save_pretrained(tmp_path / "a")
+        new.save_pretrained(str(tmp_path / "a"))
     assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
     assert torch.equal(outputs(tmp_path / "a"), logits(old, batch()))
     assert hidden(tmp_path / "a") == []
@@ -100,7 +100,7 @@ def test_native_files_get_the_mode_that_the_umask_says(
 ) -> None:
     before = os.umask(umask)
     try:
-        natives[0].save_pretrained(tmp_path / "a")
+        natives[0].save_pretrained(str(tmp_path / "a"))
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").iterdir()}
@@ -109,10 +109,10 @@ def test_native_files_get_the_mode_that_the_umask_says(
 
 
 def test_native_weights_in_parts_are_refused(natives: list[Any], tmp_path: Path) -> None:
-    natives[0].save_pretrained(tmp_path / "a")
+    natives[0].save_pretrained(str(tmp_path / "a"))
     for wrong in ({"max_shard_size": 2000}, {"distributed_checkpoint": True}):
         with pytest.raises(ConfigError, match="leave it out"):
-            natives[1].save_pretrained(tmp_path / "a", **wrong)
+            natives[1].save_pretrained(str(tmp_path / "a"), **wrong)
     assert torch.equal(outputs(tmp_path / "a"), logits(natives[0], batch()))
 
 
@@ -125,6 +125,6 @@ def test_a_native_push_comes_after_the_save_and_keeps_its_keywords(
         pushed.append((repo_id, kwargs, (tmp_path / "a" / "moeadapt_manifest.json").is_file()))
 
     monkeypatch.setattr(natives[0], "push_to_hub", push)
-    natives[0].save_pretrained(tmp_path / "a", push_to_hub=True, token="t", private=True)
-    natives[0].save_pretrained(tmp_path / "a", True, None, True, repo_id="me/b")
+    natives[0].save_pretrained(str(tmp_path / "a"), push_to_hub=True, token="t", private=True)
+    natives[0].save_pretrained(str(tmp_path / "a"), True, None, True, repo_id="me/b")
     assert pushed == [("a", {"token": "t", "private": True}, True), ("me/b", {}, True)]
