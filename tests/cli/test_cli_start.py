@@ -1,6 +1,7 @@
 """The command line starts fast and answers mistakes in one line."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -12,7 +13,9 @@ CLI = [sys.executable, "-c", "from moeadapt.cli import main; main()"]
 
 
 def run_cli(*args, timeout=120):
-    return subprocess.run([*CLI, *args], capture_output=True, text=True, timeout=timeout)
+    # Without COLUMNS, which the library readline adds to what children inherit, and Python not to.
+    env = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    return subprocess.run([*CLI, *args], capture_output=True, text=True, timeout=timeout, env=env)
 
 
 def test_help_answers_in_under_a_second():
