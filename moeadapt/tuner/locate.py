@@ -1,7 +1,6 @@
 """Finds the folder behind the name of an adapter, and reads the settings in it."""
 
 import os
-import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -143,6 +142,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     from dataclasses import fields
 
     from moeadapt.tuner.config import MoeLoraConfig
+    from moeadapt.tuner.quiet import without_warnings
 
     settings = parse(folder)
     if settings is None or settings["peft_type"] != METHOD:
@@ -150,8 +150,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS
     settings = known_fields(settings, {f.name for f in fields(MoeLoraConfig) if f.init}, path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the one that is kept warns
+        with without_warnings():  # the one that is kept warns
             MoeLoraConfig(**settings)
     except (ValueError, TypeError) as error:
         raise AdapterFileError(f"{path}: {error}") from None
