@@ -23,23 +23,13 @@ from moeadapt.hidden_folder import (
     remove_leftovers,
     writing,
 )
+from moeadapt.tokenizer_files import TOKENIZER_FILES
 
 INDEX = "model.safetensors.index.json"
 SPARE_BYTES = 1 << 20
 """For configuration, tokenizer and receipt."""
 
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json")
 """Files of a base that go along unchanged."""
 
 DEFAULT_SHARD_BYTES = 5_000_000_000

@@ -7,23 +7,11 @@ from typing import Any, Literal
 
 from moeadapt.adapter_format.files import exists, open_file, read_small
 from moeadapt.hub.private import check_private, with_base
+from moeadapt.tokenizer_files import TOKENIZER_FILES
 
 CARD = "README.md"
 MAX_TEXT_BYTES = 100_000_000
 """Of a text file; the largest is a tokenizer's, some tens of MB."""
-
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
-"""Files of a tokenizer that go along."""
 
 BINARY = (".safetensors", ".png", ".model")
 
@@ -83,7 +71,7 @@ class Parcel:
 
     def add_companions(self, *more: str) -> None:
         """Add the files of a tokenizer, and `more`, as far as they are there."""
-        for name in (*COMPANIONS, *more):
+        for name in (*TOKENIZER_FILES, *more):
             if not exists(self.folder, name):
                 continue
             (self.add_binary if name.endswith(BINARY) else self.add_text)(name, self.folder)

@@ -121,8 +121,9 @@ def _state_problem(path: Path) -> str | None:
         return "is missing"
     except (ValueError, RecursionError) as error:
         return f"is cut off or damaged ({error})"
-    step = state.get("global_step") if isinstance(state, dict) else None
-    return None if isinstance(step, int) else "has no global_step"
+    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+        return "has no global_step"
+    return None if isinstance(state.get("log_history", []), list) else "has a log that is no list"
 
 
 def _adapter_problems(folder: Path) -> list[str]:
@@ -145,7 +146,13 @@ def _adapter_problems(folder: Path) -> list[str]:
 
 def _compare(folder: Path, needs: list[str], found: Findings) -> None:
     """Compare the files with the marker."""
-    files = read_marker(folder).get("files")
+    marker = read_marker(folder)
+    if marker.get("format", _FORMAT) != _FORMAT:
+        found.damaged.append(
+            f"{MARKER} has format {marker['format']!r}; this version reads {_FORMAT}"
+        )
+        return
+    files = marker.get("files")
     if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
         found.damaged.append(f"{MARKER} is cut off or damaged")
         return

@@ -77,7 +77,8 @@ def plan_model(model: nn.Module, recipe: Recipe) -> Plan:
     """Count on `model`, which may be on the meta device; it gets the adapter."""
     base = sum(p.numel() for p in model.parameters())
     adapter = fit_to_stock_moe(recipe.adapter, model)
-    peft_model: Any = get_peft_model(model, adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
+    with recipe.naming_targets():
+        peft_model: Any = get_peft_model(model, adapter, low_cpu_mem_usage=True)  # type: ignore[arg-type]
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
     layers = [m for m in peft_model.modules() if isinstance(m, BaseTunerLayer)]
     context = find_context(peft_model)

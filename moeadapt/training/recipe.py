@@ -8,9 +8,11 @@ nested fields take a dot: `--moe.router.k 1`.
 
 import argparse
 import copy
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -98,6 +100,7 @@ class Recipe:
         adapter: a mixture of LoRA experts, or a plain LoRA.
         source: the file it came from, for messages.
         settings: what file and flags say, nested as in the file.
+        places: where each of them was written.
     """
 
     objective: Objective
@@ -106,6 +109,7 @@ class Recipe:
     adapter: PeftConfig
     source: str
     settings: dict[str, Any] = field(default_factory=dict)
+    places: Places = field(default_factory=Places)
 
     @property
     def is_mixture(self) -> bool:
@@ -127,6 +131,22 @@ class Recipe:
             ("data", self.run.dataset_name),
             ("would write to", str(self.trainer_args.output_dir)),
         ]
+
+    @contextmanager
+    def naming_targets(self) -> Iterator[None]:
+        """Say where the targets were written if the base model turns out not to have them.
+
+        Raises:
+            ConfigError: with file and line.
+        """
+        try:
+            yield
+        except ValueError as error:
+            if not re.search("target.?modules", str(error), re.IGNORECASE):
+                raise
+            section = "moe" if self.is_mixture else "lora"
+            place = self.places.of(section, "target_modules")
+            raise ConfigError(f"{place}: {error}") from None
 
     @property
     def evaluates(self) -> bool:
@@ -188,6 +208,7 @@ def parse_recipe(objective: str, config: str | None = None, flags: Sequence[str]
         adapter=adapter,
         source=source,
         settings=settings,
+        places=places,
     )
 
 

@@ -29,6 +29,12 @@ LEAST: dict[str, float] = {
 }
 """Setting -> least value. TRL and transformers find these late, in odd words, or not at all."""
 
+MOST: dict[str, int] = {"data_seed": 2**32 - 1, "seed": 2**32 - 1}
+"""Setting -> largest value: that of NumPy's generators."""
+
+NEEDS_PACKAGE = ("deepspeed", "fsdp", "optim", "report_to")
+"""Settings that may ask for a package of their own."""
+
 BELOW: dict[str, float] = {"adam_beta1": 1.0, "adam_beta2": 1.0}
 """Setting -> what it must be below."""
 
@@ -74,6 +80,8 @@ def read_flat(
         if value is None:
             continue
         _refuse_out_of_range(key, value, places)
+        if key.endswith("_kwargs") and not isinstance(value, dict):
+            raise ConfigError(f"{places.of(key)}: {key}={value!r} must be a mapping of settings")
         if isinstance(value, list) and parser.takes_one(key):
             raise ConfigError(f"{places.of(key)}: {key}={value!r} must be one value, not a list")
         words = value if isinstance(value, list) else [value]
@@ -82,7 +90,13 @@ def read_flat(
         return parser.parse_args_into_dataclasses(args=argv)
     except ConfigError:
         raise
-    except (ValueError, TypeError) as error:
+    except ImportError as error:
+        asked = [key for key in NEEDS_PACKAGE if values.get(key)]
+        raise ConfigError(
+            f"{places.of(*asked[:1])}: {asked[0] if asked else 'a setting'} needs a package that "
+            f"is not installed: {error}"
+        ) from None
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(f"{places.mentioned(str(error))}: {error}") from None
 
 
@@ -94,6 +108,8 @@ def _refuse_out_of_range(key: str, value: Any, places: Places) -> None:
         wrong = "must be a finite number"
     elif key in LEAST and value < LEAST[key]:
         wrong = f"must be at least {LEAST[key]:g}"
+    elif key in MOST and value > MOST[key]:
+        wrong = f"must be at most {MOST[key]}"
     elif key in BELOW and not 0.0 <= value < BELOW[key]:
         wrong = f"must be in [0, {BELOW[key]:g})"
     if wrong:

@@ -25,16 +25,17 @@ def build_trainer(recipe: Recipe) -> Any:
         extra["reward_funcs"] = get_reward(recipe.run.reward)
     train, test = load_data(recipe.run, goal.data)
     model, tokenizer = load_base(recipe.run, goal)
-    return goal.trainer_class(is_mixture=recipe.is_mixture)(
-        model=model,
-        args=recipe.trainer_args,
-        train_dataset=train,
-        eval_dataset=test if recipe.evaluates else None,
-        processing_class=tokenizer,
-        peft_config=fit_to_stock_moe(recipe.adapter, model),
-        **recipe.router_keywords,
-        **extra,
-    )
+    with recipe.naming_targets():
+        return goal.trainer_class(is_mixture=recipe.is_mixture)(
+            model=model,
+            args=recipe.trainer_args,
+            train_dataset=train,
+            eval_dataset=test if recipe.evaluates else None,
+            processing_class=tokenizer,
+            peft_config=fit_to_stock_moe(recipe.adapter, model),
+            **recipe.router_keywords,
+            **extra,
+        )
 
 
 def run(recipe: Recipe) -> dict[str, Any]:

@@ -72,7 +72,8 @@ class SafeRunMixin(CheckpointMixin):
                 "columns, the masks and max_length"
             )
         self._guard = NonfiniteGuard(self._guard.policy)
-        self._facts = run_facts(self.args, rows)
+        routers = getattr(self, "_router_options", {})
+        self._facts = run_facts(self.args, rows) | {f"router_{k}": v for k, v in routers.items()}
         with self._alone(), self._signals.listen():
             self._resumed = self._choose(resume_from_checkpoint)
             resumed = None if self._resumed is None else str(self._resumed)

@@ -6,6 +6,8 @@ import pytest
 
 from moeadapt.training.recipe import parse_recipe
 from tests.faults.cli import ROOT, Answer, call
+from tests.tiny import saved_base
+from tests.toy import toy_tokenizer
 
 HEAD = "model_name_or_path: x\noutput_dir: unused\nuse_cpu: true\nbf16: false\n"
 FIRST = HEAD.count("\n") + 1
@@ -74,6 +76,9 @@ RANGES = {
     "rate": ("learning_rate: -1.0e-3\n", 0, "must be at least 0"),
     "nan": ("learning_rate: .nan\n", 0, "must be a finite number"),
     "infinite": ("max_grad_norm: .inf\n", 0, "must be a finite number"),
+    "seed": ("seed: 99999999999999999999\n", 0, "must be at most 4294967295"),
+    "options": ("gradient_checkpointing_kwargs: 5\n", 0, "must be a mapping of settings"),
+    "no such file": ("deepspeed: /nope.json\n", 0, "deepspeed"),
     "beta": ("adam_beta1: 1.0\n", 0, "must be in [0, 1)"),
     "router's rate": ("router_learning_rate: -1.0\n", 0, "must be a finite number > 0"),
     "rank": ("moe:\n  num_experts: 4\n  r: 0\n", 2, "greater than or equal to 1"),
@@ -200,3 +205,22 @@ def test_fault_040_a_recipe_that_wants_to_run_code_is_told_that_it_does_not(
     path.write_text(HEAD + text)
     with pytest.warns(UserWarning, match=rf"recipe.yaml:{line}: {field} is ignored"):
         parse_recipe("sft", str(path))
+
+
+@pytest.mark.parametrize("verb", ["validate", "train"])
+@pytest.mark.parametrize("section", ["moe", "lora"])
+def test_fault_107_targets_that_the_base_lacks_are_refused_with_their_line(
+    verb: str, section: str, tmp_path: Path
+) -> None:
+    base, rows = saved_base("llama", tmp_path), tmp_path / "rows.jsonl"
+    toy_tokenizer().save_pretrained(base)
+    rows.write_text('{"prompt": "w1", "completion": " w2"}\n')
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"model_name_or_path: {base}\ndataset_name: {rows}\noutput_dir: {tmp_path / 'out'}\n"
+        f"use_cpu: true\nbf16: false\n{section}:\n  r: 2\n  target_modules: [nowhere]\n"
+    )
+    found = call(verb, "sft", "--config", str(path))
+    assert found.code == 2, found.err
+    assert f"error: {path}:8: " in found.err
+    assert "nowhere" in found.err

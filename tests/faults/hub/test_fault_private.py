@@ -5,6 +5,7 @@ import json
 import logging
 import traceback
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -43,7 +44,7 @@ def test_fault_103_the_path_of_a_base_is_in_no_file(hub):
         pushed(shelf() / "adapter", base_model=None)
     pushed(shelf() / "adapter")
     assert_nothing_of(place, hub)
-    assert_nothing_of("/tmp/", hub)
+    assert_nothing_of(gettempdir(), hub)
 
 
 def test_fault_103_a_folder_here_that_looks_like_an_id_is_asked_for(hub, tmp_path, monkeypatch):

@@ -151,6 +151,7 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "data": ({"rows": toy_text(6, seed=1)}, "data_sha256: "),
     "batch": ({"per_device_train_batch_size": 3}, "per_device_train_batch_size: 2 -> 3"),
     "rate": ({"learning_rate": 0.5}, "learning_rate: .* -> 0.5"),
+    "routers": ({"fields": {"router_learning_rate": 0.1}}, "router_learning_rate: None -> 0.1"),
     "optimizer": ({"optim": "sgd"}, "optim: 'adamw_torch.*' -> 'sgd'"),
 }
 
@@ -218,3 +219,17 @@ def test_fault_086_checkpoints_of_a_stock_trainer_with_the_callback_are_marked(
     cut(tmp_path / "checkpoint-2" / "scheduler.pt")
     with pytest.warns(UserWarning, match=r"scheduler\.pt has \d+ bytes"):
         assert find_checkpoint(tmp_path).endswith("checkpoint-1")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(MARKER, {"format": 99}), ("trainer_state.json", {"log_history": 5})],
+)
+def test_fault_086_a_checkpoint_of_another_form_is_passed_over(
+    name: str, change: dict[str, Any], whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    folder = copy_run(whole[0], tmp_path / "run")
+    path = folder / "checkpoint-5" / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.warns(UserWarning, match=f"checkpoint-4, since .*{name}"):
+        assert find_checkpoint(folder).endswith("checkpoint-4")
