@@ -1,5 +1,6 @@
 """Where verbs write: results to stdout, what goes on to stderr, colours only on a terminal."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,3 +51,12 @@ def libraries_quiet() -> Iterator[None]:
     finally:
         for show in shown:
             show()
+
+
+def print_receipt(receipt: Any, out: str, as_json: bool) -> None:
+    """Print what a written checkpoint holds and what was compared."""
+    if as_json:
+        print(json.dumps(receipt.to_dict(), indent=2))
+        return
+    print(receipt.text())
+    print(f"wrote {out}")

@@ -1,13 +1,12 @@
 """`moeadapt export ADAPTER --out DIR`: a trained mixture as a stock checkpoint."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from moeadapt.cli.adapters import ADAPTER_HELP, BASE_HELP, check_dtype, load_adapter, read_config
-from moeadapt.cli.console import libraries_quiet, working
+from moeadapt.cli.console import libraries_quiet, print_receipt, working
 from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 
@@ -83,11 +82,7 @@ def export(
             tokenizer=tokenizer,
             max_shard_bytes=max_shard_mb * 10**6,
         )
-    if as_json:
-        typer.echo(json.dumps(receipt.to_dict(), indent=2))
-        return
-    typer.echo(receipt.text())
-    typer.echo(f"wrote {out}")
+    print_receipt(receipt, out, as_json)
 
 
 def _lines(path: str) -> list[str]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from moeadapt.cli.adapters import check_dtype
-from moeadapt.cli.console import libraries_quiet
+from moeadapt.cli.console import libraries_quiet, print_receipt
 from moeadapt.cli.epilog import examples
 from moeadapt.cli.outcome import reports_errors
 from moeadapt.errors import ConfigError
@@ -115,11 +115,7 @@ def upcycle(
             tolerance=tolerance,
             max_shard_bytes=max_shard_mb * 10**6,
         )
-    if as_json:
-        typer.echo(json.dumps(receipt.to_dict(), indent=2))
-        return
-    typer.echo(receipt.text())
-    typer.echo(f"wrote {out}")
+    print_receipt(receipt, out, as_json)
 
 
 def _texts(path: str | None) -> list[Any] | None:
