@@ -71,16 +71,6 @@ ARMS: dict[str, Callable[[Sizes], PeftConfig]] = {
 }
 """Equal parameters as a mixture: `lora_total`, to the size of the routers (under 1 %)."""
 
-REDUCED = (
-    "lora_total",
-    "lora_active",
-    "mixture_block",
-    "mixture_ffn",
-    "frozen_random_router",
-    "uniform_router",
-    "oracle_routing",
-)
-
 
 def attach(arm: str, base: nn.Module, sizes: Sizes, seed: int) -> Any:
     """Return `base` with the adapter of an arm, initialised from `seed`."""

@@ -29,6 +29,8 @@ class Cost:
 
     Attributes:
         parameters: trainable.
+        of_experts: those of them that belong to one expert or another.
+        num_experts: 1 for a plain LoRA.
         file_size: of the saved weights, bytes.
         step_seconds: median time of a forward and a backward.
         step_ratio: the same over that of the baseline, median over the turns.
@@ -38,12 +40,20 @@ class Cost:
     """
 
     parameters: int
+    of_experts: int
+    num_experts: int
     file_size: int
     step_seconds: float
     step_ratio: float
     peak_memory: int
     generated: float
     decode_ratio: float
+
+    def active_parameters(self, experts: float) -> float:
+        """Return how many trained parameters a token uses if it uses so many experts."""
+        if not self.of_experts:
+            return float(self.parameters)
+        return self.parameters - self.of_experts * (1 - experts / self.num_experts)
 
 
 def measure(
@@ -69,14 +79,20 @@ def measure(
     inputs = batch_of(tokenizer, rows, device)
     ids = tokenizer(rows[0]["prompt"], return_tensors="pt").input_ids.to(device)
     steps = {arm: partial(_step, model, inputs) for arm, model in models.items()}
-    seconds = in_turns(steps, rounds, device.type)
-    peaks = {arm: peak_bytes(step) for arm, step in steps.items()}
-    decoding = in_turns(
-        {a: partial(_decode, m, ids) for a, m in models.items()}, rounds, device.type
-    )
+    decodes = {arm: partial(_decode, model, ids) for arm, model in models.items()}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the clock is CPU time, which threads that wait spend too
+    try:
+        seconds = in_turns(steps, rounds, device.type)
+        peaks = {arm: peak_bytes(step) for arm, step in steps.items()}
+        decoding = in_turns(decodes, rounds, device.type)
+    finally:
+        torch.set_num_threads(threads)
     return {
         arm: Cost(
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            of_experts=of_experts(model, sizes) if not arm.startswith("lora") else 0,
+            num_experts=sizes.experts if not arm.startswith("lora") else 1,
             file_size=_saved_bytes(model),
             step_seconds=statistics.median(seconds[arm]),
             step_ratio=_ratio(seconds[arm], seconds[BASELINE]),
@@ -88,14 +104,23 @@ def measure(
     }
 
 
+def of_experts(model: Any, sizes: Sizes) -> int:
+    """Count the parameters of factors that hold all experts; a shared A has the rank of one."""
+    total = 0
+    for name, parameter in model.named_parameters():
+        side = 0 if "lora_A" in name else 1
+        if "lora_" in name and parameter.shape[side] == sizes.experts * sizes.rank:
+            total += parameter.numel()
+    return total
+
+
 def _ratio(own: list[float], other: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(own, other, strict=True))
 
 
 def _step(model: Any, inputs: dict[str, Any]) -> None:
     model.train()
-    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-    total, count = answer_losses(model(**given).logits, inputs["labels"])
+    total, count = answer_losses(model, inputs)
     (total.sum() / count.sum()).backward()
     model.zero_grad()
 

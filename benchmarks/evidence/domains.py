@@ -106,7 +106,7 @@ def _licenses() -> list[tuple[str, str]]:
         licence = json.loads(path.read_text(encoding="utf-8"))
         for passage in licence["licenseText"].split("\n\n"):
             words = passage.split()
-            if len(words) >= 30:
-                opening, rest = " ".join(words[:12]), " ".join(words[12:40])
+            if len(words) >= 24:
+                opening, rest = " ".join(words[:12]), " ".join(words[12:30])
                 found.setdefault(f"Continue the licence: {opening}", rest[:_MOST_CHARACTERS])
     return list(found.items())

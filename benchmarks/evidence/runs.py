@@ -5,7 +5,8 @@ Letters: B rows of a batch, S tokens of a row.
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.evidence.arms import Sizes, attach, routed
+from moeadapt import stats
 from moeadapt.demo.arms import batch_of
+from moeadapt.routing import Routing
 
 Row = dict[str, str]
 IGNORED = -100
@@ -29,18 +32,23 @@ class Run:
         rate: learning rate.
         seed: of the data's order, the adapter's start and the router.
         validation: mean loss of the validation answers, nats per token.
-        losses: test loss of each domain, nats per token.
-        forgetting: rise of the loss of base text over the base model, nats per token.
         curve: loss of each training step.
+        model: what was trained; None once it has been tested.
+        losses: test loss of each domain, nats per token.
+        experts: in use per token, averaged over the tokens and routers; 0 without a router.
+        forgetting: rise of the loss of base text over the base model, nats per token; NaN for an
+            oracle, since base text has no domain.
     """
 
     arm: str
     rate: float
     seed: int
     validation: float
-    losses: dict[str, float]
-    forgetting: float
-    curve: list[float] = field(default_factory=list)
+    curve: list[float]
+    model: Any
+    losses: dict[str, float] = field(default_factory=dict)
+    experts: float = 0.0
+    forgetting: float = math.nan
 
     @property
     def test(self) -> float:
@@ -60,12 +68,23 @@ def batches(rows: Sequence[Row], size: int, steps: int, seed: int) -> Iterator[l
         yield [rows[order.pop(0)] for _ in range(size)]
 
 
-def answer_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each row's summed answer loss and its number of answer tokens [B]."""
-    losses = F.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
-    )
-    return losses.sum(1), (labels[:, 1:] != IGNORED).sum(1)
+def answer_losses(model: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return each row's summed answer loss and its number of answer tokens [B].
+
+    The vocabulary is the widest matrix of a small model: columns in which no row has an answer
+    do not go through it.
+
+    Args:
+        model: a causal language model.
+        inputs: what it takes, and `labels` [B, S].
+    """
+    given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+    labels = inputs["labels"][:, 1:]
+    columns = (labels != IGNORED).any(0).nonzero()[:, 0]
+    logits = model(**given, logits_to_keep=columns).logits.float()
+    kept = labels[:, columns]
+    losses = F.cross_entropy(logits.flatten(0, 1), kept.flatten(), reduction="none")
+    return losses.view_as(kept).sum(1), (kept != IGNORED).sum(1)
 
 
 def fit(
@@ -86,8 +105,7 @@ def fit(
         inputs = batch_of(tokenizer, chosen, model.device)
         domains = [names.index(row["domain"]) for row in chosen]
         with routed(arm, model, domains, inputs["input_ids"].shape[1], sizes):
-            labels = inputs.pop("labels")
-            total, count = answer_losses(model(**inputs).logits, labels)
+            total, count = answer_losses(model, inputs)
         loss = total.sum() / count.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -113,12 +131,17 @@ def score(
         domains = [names.index(row["domain"]) for row in chosen]
         length = inputs["input_ids"].shape[1]
         with torch.no_grad(), routed(arm, model, domains, length, sizes):
-            labels = inputs.pop("labels")
-            total, count = answer_losses(model(**inputs).logits, labels)
+            total, count = answer_losses(model, inputs)
         for row, loss, tokens in zip(chosen, total.tolist(), count.tolist(), strict=True):
             sums[row["domain"]][0] += loss
             sums[row["domain"]][1] += tokens
     return {name: total / tokens for name, (total, tokens) in sums.items()}
+
+
+def experts_in_use(routings: Iterable[Routing]) -> float:
+    """Return how many experts a token uses, averaged over real tokens and routers."""
+    counts = [float(stats.token_mean(stats.active(one), one)) for one in routings]
+    return statistics.mean(counts) if counts else 0.0
 
 
 def base_text_loss(model: Any, tokenizer: Any, texts: Sequence[str]) -> float:

@@ -1,13 +1,16 @@
 """Mixtures and plain LoRAs on a real model: `python -m benchmarks.evidence.smollm2`.
 
-Every arm sees the same rows in the same order. The learning rate is swept for each arm with the
-first seed and chosen on validation rows; errors are over seeds. `--full` is for a GPU.
+Every arm sees the same rows in the same order. The learning rate is searched for each arm with the
+first seed and chosen on validation rows; errors are over seeds, and those of the difference to the
+plain LoRA of equal total rank over pairs of runs with one seed. `--full` is for a GPU.
 """
 
 import argparse
+import math
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,10 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+import moeadapt
 from benchmarks.common import append_csv, where
 from benchmarks.evidence import cost, domains, runs, sequential
-from benchmarks.evidence.arms import ARMS, REDUCED, Sizes
+from benchmarks.evidence.arms import ARMS, Sizes
 from benchmarks.evidence.base_text import base_text
+from benchmarks.evidence.sweep import climb
 from moeadapt.embedded import resolve_model
 
 BASE = "embedded:smollm2-135m"
@@ -33,7 +38,7 @@ class Preset:
 
     Attributes:
         arms: names.
-        rates: learning rates to sweep.
+        rates: learning rates to climb on, in rising order.
         seeds: runs of each arm at its rate.
         steps: of training, and half as many for each part of the sequence.
         batch: rows of a step.
@@ -55,12 +60,12 @@ class Preset:
 
 
 SMALL = Preset(
-    arms=REDUCED, rates=(5e-4, 2e-3), seeds=3, steps=16, batch=4, train=80, test=8, texts=3,
-    longest=240,
+    arms=tuple(ARMS), rates=(5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2), seeds=3, steps=16, batch=4,
+    train=40, test=8, texts=3, longest=210,
 )  # fmt: skip
 FULL = Preset(
-    arms=tuple(ARMS), rates=(1e-4, 3e-4, 1e-3, 3e-3), seeds=3, steps=600, batch=32, train=8000,
-    test=200, texts=60, longest=1000,
+    arms=tuple(ARMS), rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), seeds=3, steps=600, batch=32,
+    train=8000, test=200, texts=60, longest=1000,
 )  # fmt: skip
 SEQUENTIAL = (
     "lora_total", "lora_active", "mixture_block", "mixture_ffn", "frozen_random_router",
@@ -100,37 +105,42 @@ class Bench:
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         return model.to(self.device)
 
-    def run(self, arm: str, rate: float, seed: int) -> runs.Run:
-        """Train and score once."""
-        train, validation, test = self.rows[seed]
+    def run(self, arm: str, seed: int, rate: float) -> runs.Run:
+        """Train once and score on the validation rows."""
+        train, validation, _ = self.rows[seed]
         model = runs.start(arm, self.load, self.sizes, seed)
         curve = runs.fit(
             model, arm, self.tokenizer, train, self.names, self.sizes,
             rate=rate, steps=self.preset.steps, batch=self.preset.batch, seed=seed,
         )  # fmt: skip
-        scored = partial(runs.score, model, arm, self.tokenizer)
-        on_validation = scored(validation, self.names, self.sizes)
-        # Base text has no domain, so an oracle cannot route it.
-        forgetting = float("nan")
-        if arm != "oracle_routing":
-            loss = runs.base_text_loss(model, self.tokenizer, self.texts)
-            forgetting = loss - self.base_loss
+        losses = runs.score(model, arm, self.tokenizer, validation, self.names, self.sizes)
         return runs.Run(
             arm=arm,
             rate=rate,
             seed=seed,
-            validation=statistics.mean(on_validation.values()),
-            losses=scored(test, self.names, self.sizes),
-            forgetting=forgetting,
+            validation=statistics.mean(losses.values()),
             curve=curve,
+            model=model,
         )
 
-    def measure(self, arm: str) -> list[runs.Run]:
-        """Sweep the rate with the first seed, then run the other seeds."""
-        swept = [self.run(arm, rate, 0) for rate in self.preset.rates]
-        best = min(swept, key=lambda run: run.validation)
-        others = range(1, self.preset.seeds)
-        return [best, *(self.run(arm, best.rate, seed) for seed in others)]
+    def test(self, run: runs.Run) -> runs.Run:
+        """Score a run on the test rows and on base text, and let go of its model."""
+        scored = partial(runs.score, run.model, run.arm, self.tokenizer)
+        lora = run.arm.startswith("lora")
+        with nullcontext({}) if lora else moeadapt.collect_routing(run.model) as routings:
+            losses = scored(self.rows[run.seed][2], self.names, self.sizes)
+        experts = runs.experts_in_use(one for each in routings.values() for one in each)
+        forgetting = math.nan
+        if run.arm != "oracle_routing":
+            loss = runs.base_text_loss(run.model, self.tokenizer, self.texts)
+            forgetting = loss - self.base_loss
+        return replace(run, model=None, losses=losses, experts=experts, forgetting=forgetting)
+
+    def measure(self, arm: str) -> tuple[list[runs.Run], dict[float, float]]:
+        """Return a run for each seed, and the validation loss of every rate tried."""
+        best, tried = climb(partial(self.run, arm, 0), self.preset.rates)
+        rest = (self.run(arm, seed, best.rate) for seed in range(1, self.preset.seeds))
+        return [self.test(best), *map(self.test, rest)], tried
 
     def sequence(self, arm: str, rate: float) -> list[sequential.Sequence2]:
         """Train on the first domain, then on the second, with each seed."""
@@ -150,9 +160,18 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 
-def row_of(found: list[runs.Run], preset: Preset, costs: cost.Cost) -> dict[str, Any]:
+def row_of(
+    found: list[runs.Run],
+    baseline: list[runs.Run],
+    tried: dict[float, float],
+    preset: Preset,
+    costs: cost.Cost,
+) -> dict[str, Any]:
     """Return one arm in the columns of PEFT's method comparison, and ours behind them."""
     test, error = mean_and_error([run.test for run in found])
+    pairs = zip(found, baseline, strict=True)
+    gap, gap_error = mean_and_error([own.test - other.test for own, other in pairs])
+    experts = statistics.mean(run.experts for run in found)
     forgotten = [run.forgetting for run in found if run.forgetting == run.forgetting]
     one = found[0]
     row: dict[str, Any] = {
@@ -161,7 +180,11 @@ def row_of(found: list[runs.Run], preset: Preset, costs: cost.Cost) -> dict[str,
         "peft_type": "LORA" if one.arm.startswith("lora") else "MOEADAPT",
         "test_nll": round(test, 4),
         "test_nll_se": round(error, 4),
+        "gap": round(gap, 4),
+        "gap_se": round(gap_error, 4),
         "num_trainable_params": costs.parameters,
+        "num_active_params": round(costs.active_parameters(experts)),
+        "experts_per_token": round(experts, 2),
         "accelerator_memory_max": costs.peak_memory,
         "train_time_per_step": round(costs.step_seconds, 3),
         "train_time_ratio": round(costs.step_ratio, 3),
@@ -170,6 +193,7 @@ def row_of(found: list[runs.Run], preset: Preset, costs: cost.Cost) -> dict[str,
         "decode_tokens_per_second": round(costs.generated, 1),
         "decode_time_ratio": round(costs.decode_ratio, 3),
         "learning_rate": one.rate,
+        "rates_tried": " ".join(f"{rate}:{tried[rate]:.3f}" for rate in sorted(tried)),
         "seeds": len(found),
         "steps": preset.steps,
         "batch": preset.batch,
@@ -197,7 +221,9 @@ def main(arguments: list[str] | None = None) -> int:
     size.add_argument("--toy", action="store_true", help="to see that it works")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--base", help=f"a folder, {BASE} if left out")
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS))
+    parser.add_argument(
+        "--arms", nargs="+", choices=list(ARMS), help=f"{cost.BASELINE} is always measured too"
+    )
     parser.add_argument("--steps", type=int, help="of training, instead of the preset's")
     parser.add_argument("--no-sequence", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -214,13 +240,14 @@ def main(arguments: list[str] | None = None) -> int:
     place = where(args.device)
     base = " ".join(f"{name} {loss:.3f}" for name, loss in bench.base_losses.items())
     print(f"base model: {base}; base text {bench.base_loss:.3f}", flush=True)
-    arms = args.arms or preset.arms
-    compared = list(dict.fromkeys([cost.BASELINE, *arms]))
+    arms = list(dict.fromkeys([cost.BASELINE, *(args.arms or preset.arms)]))
     batch = bench.rows[0][0][: preset.batch]
-    costs = cost.measure(compared, bench.load, bench.tokenizer, batch, bench.sizes)
+    costs = cost.measure(arms, bench.load, bench.tokenizer, batch, bench.sizes)
+    baseline: list[runs.Run] = []
     for arm in arms:
-        found = bench.measure(arm)
-        row = row_of(found, preset, costs[arm])
+        found, tried = bench.measure(arm)
+        baseline = baseline or found
+        row = row_of(found, baseline, tried, preset, costs[arm])
         append_csv(args.results / "smollm2.csv", [{**row, **place}])
         text = f"{arm}: {row['test_nll']:.3f} ± {row['test_nll_se']:.3f} at {row['learning_rate']}"
         if not args.no_sequence and arm in SEQUENTIAL:

@@ -1,14 +1,17 @@
 """Evidence on a real model: equal data for every arm, correct scores, a page that tells losses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.testing import assert_close
 
+import moeadapt
 from benchmarks.common import append_csv
-from benchmarks.evidence import arms, domains, page, runs
+from benchmarks.evidence import arms, cost, domains, page, runs
 from benchmarks.evidence.arms import ARMS, Sizes
+from benchmarks.evidence.sweep import climb
 from tests.tiny import tiny
 
 SIZES = Sizes(experts=4, rank=4, k=2)
@@ -32,8 +35,6 @@ def test_every_arm_trains_its_adapter_and_nothing_else(arm):
 
 
 def test_the_oracle_gives_each_row_the_expert_of_its_domain():
-    import moeadapt
-
     model = arms.attach("oracle_routing", tiny("llama"), SIZES, seed=0).eval()
     ids = torch.randint(3, 100, (3, 5))
     around = arms.routed("oracle_routing", model, [2, 0, 5], 5, SIZES)
@@ -54,19 +55,19 @@ def test_arms_of_equal_total_rank_have_as_many_parameters_but_for_the_routers():
 
 
 def test_answer_losses_count_answers_only():
-    logits, labels = (
-        torch.randn(2, 5, 11),
-        torch.tensor([[-100, -100, 3, 4, 5], [-100, 1, 2, -100, -100]]),
-    )
-    total, count = runs.answer_losses(logits, labels)
+    model = tiny("llama").double()
+    ids = torch.randint(3, 100, (2, 5))
+    labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, -100, 2, 7, -100]])
+    total, count = runs.answer_losses(model, {"input_ids": ids, "labels": labels})
     assert count.tolist() == [3, 2]
+    logits = model(input_ids=ids).logits.float()
     for row in range(2):
         slow = sum(
             -logits[row, t].log_softmax(-1)[labels[row, t + 1]]
             for t in range(4)
             if labels[row, t + 1] != -100
         )
-        assert_close(total[row], slow)
+        assert_close(total[row], slow, check_dtype=False)
 
 
 def test_batches_use_every_row_before_one_comes_again():
@@ -155,3 +156,53 @@ def test_a_page_without_its_baseline_says_so(tmp_path):
 
 def test_the_committed_page_is_that_of_the_committed_results():
     assert page.PAGE.read_text() == page.page(page.RESULTS)
+
+
+@pytest.mark.parametrize("best", [0, 1, 2, 3, 4, 5])
+def test_the_rate_is_searched_until_both_sides_are_worse(best):
+    tried = []
+
+    def run(rate: float) -> SimpleNamespace:
+        tried.append(rate)
+        # The largest rate diverges.
+        return SimpleNamespace(
+            rate=rate, validation=abs(rate - best) if rate < 5 or best == 5 else torch.nan
+        )
+
+    found, losses = climb(run, range(6))
+    assert found.rate == best
+    assert set(losses) == set(tried)
+    assert len(tried) == len(set(tried))
+    assert {max(best - 1, 0), min(best + 1, 5)} <= set(tried)
+
+
+def test_parameters_of_experts_are_told_from_shared_ones():
+    def sizes_of(arm: str) -> tuple[int, int]:
+        model = arms.attach(arm, tiny("llama"), SIZES, seed=0)
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        return cost.of_experts(model, SIZES), sum(p.numel() for n, p in named if "router" not in n)
+
+    own, trained = sizes_of("mixture_block")
+    assert own == trained
+    own, trained = sizes_of("mixture_shared_a")
+    assert 0 < own < trained
+
+
+def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
+    numbers = dict.fromkeys(
+        ("file_size", "step_seconds", "step_ratio", "peak_memory", "generated", "decode_ratio"), 0
+    )
+    one = cost.Cost(parameters=110, of_experts=80, num_experts=4, **numbers)
+    assert one.active_parameters(2.0) == 70
+    assert one.active_parameters(4.0) == 110
+    lora = cost.Cost(parameters=110, of_experts=0, num_experts=1, **numbers)
+    assert lora.active_parameters(0.0) == 110
+
+
+def test_experts_in_use_are_counted_over_real_tokens():
+    model = arms.attach("mixture_block", tiny("llama"), SIZES, seed=0).eval()
+    ids = torch.randint(3, 100, (2, 5))
+    with torch.no_grad(), moeadapt.collect_routing(model) as routings:
+        model(input_ids=ids)
+    assert runs.experts_in_use(one for each in routings.values() for one in each) == SIZES.k
+    assert runs.experts_in_use([]) == 0
