@@ -42,6 +42,23 @@ def where(device: str) -> dict[str, Any]:
     }
 
 
+def check_columns(path: Path, columns: Sequence[str]) -> None:
+    """Refuse a file whose rows are of another kind; worth asking before hours of measuring.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        found = next(csv.reader(file), [])
+    if found != list(columns):
+        raise ValueError(
+            f"{path} has the columns {found}, these rows have {list(columns)}; "
+            "move the file away or name another one"
+        )
+
+
 def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Append rows, with a header if the file is new.
 
@@ -50,14 +67,7 @@ def append_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """
     columns = list(rows[0])
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        with path.open(newline="") as file:
-            found = next(csv.reader(file), [])
-        if found != columns:
-            raise ValueError(
-                f"{path} has the columns {found}, these rows have {columns}; "
-                "move the file away or name another one"
-            )
+    check_columns(path, columns)
     fresh = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, columns)

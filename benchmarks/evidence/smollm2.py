@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import moeadapt
-from benchmarks.common import append_csv, where
+from benchmarks.common import append_csv, check_columns, where
 from benchmarks.evidence import cost, domains, runs, sequential
 from benchmarks.evidence.arms import ARMS, Sizes
 from benchmarks.evidence.base_text import base_text
@@ -204,6 +204,16 @@ def row_of(
     return row
 
 
+def columns(names: list[str], place: dict[str, Any]) -> list[str]:
+    """Return the columns of the table of arms, before anything is measured."""
+    none = runs.Run(
+        arm=cost.BASELINE, rate=0.0, seed=0, validation=0.0, curve=[], model=None,
+        losses=dict.fromkeys(names, 0.0),
+    )  # fmt: skip
+    zero = cost.Cost(**dict.fromkeys((field.name for field in fields(cost.Cost)), 0))
+    return [*row_of([none, none], [none, none], {}, SMALL, zero), *place]
+
+
 def sequence_row(found: list[sequential.Sequence2]) -> dict[str, Any]:
     """Return one arm of the sequential training."""
     row: dict[str, Any] = {"experiment_name": found[0].arm, "seeds": len(found)}
@@ -235,9 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
     preset = FULL if args.full else TOY if args.toy else SMALL
     if args.steps:
         preset = replace(preset, steps=args.steps)
-    begin = time.perf_counter()
+    begin, place = time.perf_counter(), where(args.device)
+    check_columns(args.results / "smollm2.csv", columns(domains.available(), place))
     bench = Bench(preset, args.device, args.base)
-    place = where(args.device)
     base = " ".join(f"{name} {loss:.3f}" for name, loss in bench.base_losses.items())
     print(f"base model: {base}; base text {bench.base_loss:.3f}", flush=True)
     arms = list(dict.fromkeys([cost.BASELINE, *(args.arms or preset.arms)]))

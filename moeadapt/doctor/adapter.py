@@ -1,6 +1,8 @@
 """Checks of an adapter's own files, one by one, so that one damage does not hide another."""
 
+import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 
 from moeadapt.adapter_format.adapter import check_values, to_tensors
@@ -10,6 +12,12 @@ from moeadapt.adapter_format.manifest import check_sha256, read_manifest, sha256
 from moeadapt.adapter_format.settings import MANIFEST, PICKLED, SETTINGS, WEIGHTS, no_weights
 from moeadapt.doctor.finding import Finding, Subject
 from moeadapt.errors import AdapterFileError
+
+_FACTOR = re.compile(r"(.+)\.(moeadapt_(?!router\.)[^.]+\.[^.]+)")
+"""A layer and its factor; of routers one may stand for several layers."""
+
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+_NAMED = 5
 
 
 def settings(subject: Subject) -> Iterator[Finding]:
@@ -46,6 +54,36 @@ def header(subject: Subject) -> Iterator[Finding]:
             config = MoeLoraConfig(**subject.facts["settings"])
         check_plausible(config, found, folder / WEIGHTS)
     yield from ()
+
+
+def factors(subject: Subject) -> Iterator[Finding]:
+    """Find layers that lack a factor which others of the same place have; needs no base."""
+    found = subject.facts.get("header")
+    if found is None:
+        yield Finding(check="factors", level="skipped", what="the header cannot be read")
+        return
+    parts: dict[str, set[str]] = defaultdict(set)
+    for name in found.tensors:
+        match = _FACTOR.fullmatch(name)
+        if match:
+            parts[match[1]].add(match[2])
+    everywhere: dict[str, set[str]] = defaultdict(set)
+    for layer, own in parts.items():
+        everywhere[_NUMBER.sub(".*", layer)] |= own
+    lacking = [
+        f"{layer}.{name}"
+        for layer, own in parts.items()
+        for name in sorted(everywhere[_NUMBER.sub(".*", layer)] - own)
+    ]
+    if lacking:
+        yield Finding(
+            check="factors",
+            level="error",
+            what=f"{subject.place / WEIGHTS}: lacks {len(lacking)} tensors that its other layers "
+            f"have: {', '.join(lacking[:_NAMED])}{', ...' * (len(lacking) > _NAMED)}",
+            why="loading refuses it",
+            cure="take the file that was saved; half an adapter gives wrong answers",
+        )
 
 
 def manifest(subject: Subject) -> Iterator[Finding]:

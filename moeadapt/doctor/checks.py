@@ -67,6 +67,12 @@ CHECKS: dict[str, Check] = {
         why=_DAMAGED,
         run=adapter.header,
     ),
+    "factors": Check(
+        scope="adapter",
+        line="no layer lacks a factor that the same layer of another block has",
+        why=_DAMAGED,
+        run=adapter.factors,
+    ),
     "manifest": Check(
         scope="adapter",
         line="the manifest can be read, and this version knows its format",

@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from moeadapt.errors import ConfigError, TrainingError, did_you_mean
 from moeadapt.routing import Routing
 from moeadapt.tuner.inspect import heads_of
+from moeadapt.tuner.probe import IGNORED
 
 Policy = Literal["stop", "skip"]
 
@@ -146,6 +147,22 @@ def checked_routers(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def is_without_target(inputs: Any) -> bool:
+    """Return whether no token of a batch of a causal language model has a label to predict.
+
+    The first token of a row is never predicted.
+
+    Args:
+        inputs: of the model; False for anything without `labels` like its `input_ids` [B, S].
+    """
+    if not isinstance(inputs, Mapping):
+        return False
+    labels, ids = inputs.get("labels"), inputs.get("input_ids")
+    if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape:
+        return False
+    return not bool((labels[..., 1:] != IGNORED).any())
 
 
 def first_nonfinite_router(model: nn.Module, forward: Callable[[], Any]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moeadapt.adapter_folder import SETTINGS
 
-SAMPLED = 64
+SAMPLED = 1024
 """Rows of the data that are hashed, evenly spread."""
 
 _ARGUMENTS = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "data_seed")

@@ -15,7 +15,7 @@ from moeadapt.errors import ConfigError, TrainingError, TrainingStopped
 from moeadapt.training.checkpoint_files import OPTIMIZER, SCALER, SCHEDULER, read_marker
 from moeadapt.training.checkpoint_mixin import CheckpointMixin
 from moeadapt.training.memory import explain_memory, is_out_of_memory
-from moeadapt.training.nonfinite import NonfiniteGuard, first_nonfinite_router
+from moeadapt.training.nonfinite import NonfiniteGuard, first_nonfinite_router, is_without_target
 from moeadapt.training.output_folder import alone_in, check_output_dir
 from moeadapt.training.resume import (
     check_checkpoint,
@@ -50,6 +50,7 @@ class SafeRunMixin(CheckpointMixin):
         self._allow_partial = allow_partial_resume
         self._facts: dict[str, Any] = {}
         self._resumed: Path | None = None
+        self._told_of_no_target = False
         for value in (*args, *kwargs.values()):
             if isinstance(value, TrainingArguments) and value.should_save:
                 check_output_dir(value.output_dir or "trainer_output")
@@ -72,6 +73,7 @@ class SafeRunMixin(CheckpointMixin):
                 "columns, the masks and max_length"
             )
         self._guard = NonfiniteGuard(self._guard.policy)
+        self._told_of_no_target = False
         routers = getattr(self, "_router_options", {})
         self._facts = run_facts(self.args, rows) | {f"router_{k}": v for k, v in routers.items()}
         with self._alone(), self._signals.listen():
@@ -136,6 +138,14 @@ class SafeRunMixin(CheckpointMixin):
     ) -> torch.Tensor:
         """See `transformers.Trainer.training_step`."""
         step = self.state.global_step + 1
+        if not self._told_of_no_target and is_without_target(inputs):
+            self._told_of_no_target = True
+            warnings.warn(
+                f"no token of a batch of optimizer step {step} has a label to predict: its loss "
+                "is 0 and teaches nothing. Rows of one token, masks that cover every answer and a "
+                "max_length that cuts the answers off do this; said once per run",
+                stacklevel=2,
+            )
         if num_items_in_batch is not None:
             # Without a label the loss is 0 / 0; of 0 / 1 the gradient is 0, that of routers stays.
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)

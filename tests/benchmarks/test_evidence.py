@@ -1,6 +1,7 @@
 """Evidence on a real model: equal data for every arm, correct scores, a page that tells losses."""
 
 import json
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from torch.testing import assert_close
 
 import moeadapt
 from benchmarks.common import append_csv
-from benchmarks.evidence import arms, cost, domains, page, runs
+from benchmarks.evidence import arms, cost, domains, page, runs, smollm2
 from benchmarks.evidence.arms import ARMS, Sizes
 from benchmarks.evidence.sweep import climb
 from tests.tiny import tiny
@@ -117,6 +118,16 @@ def test_the_page_says_who_loses():
     assert page.compared(row("mixture_k2", 1.35, 0.1), base, "error").startswith("within noise")
 
 
+def test_differences_in_pairs_are_judged_by_their_own_error():
+    base = {**row("lora_total", 1.0, 0.3), "gap": "0.0", "gap_se": "0.0"}
+    worse = {**base, "gap": "0.5", "gap_se": "0.1"}
+    assert page.paired(base, base) == "the baseline"
+    # Student's t of two degrees of freedom is 4.303.
+    assert page.paired(worse, base) == "loses (+0.500 ± 0.100)"
+    assert page.paired({**worse, "gap": "-0.5"}, base) == "wins (-0.500 ± 0.100)"
+    assert page.paired({**worse, "gap": "0.42"}, base) == "within noise (+0.420 ± 0.100)"
+
+
 def test_differences_of_three_seeds_are_rarely_called_real_where_there_is_none():
     generator, wrong, turns = torch.Generator().manual_seed(0), 0, 2000
     for _ in range(turns):
@@ -127,6 +138,22 @@ def test_differences_of_three_seeds_are_rarely_called_real_where_there_is_none()
         ]
         wrong += "noise" not in page.compared(rows[0], rows[1], "error")
     assert wrong / turns < 0.05
+
+
+def test_a_file_of_another_kind_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "smollm2.csv").write_text("task_name,old\n")
+    with pytest.raises(ValueError, match="has the columns .*'old'.*move the file away"):
+        smollm2.main(["--results", str(tmp_path)])
+
+
+def test_the_columns_are_known_before(tmp_path):
+    run = smollm2.runs.Run(
+        arm="mixture_block", rate=0.1, seed=0, validation=1.0, curve=[], model=None,
+        losses={"python": 2.0},
+    )  # fmt: skip
+    numbers = dict.fromkeys((field.name for field in fields(cost.Cost)), 1)
+    row = smollm2.row_of([run, run], [run, run], {0.1: 1.0}, smollm2.SMALL, cost.Cost(**numbers))
+    assert [*row, "device"] == smollm2.columns(["python"], {"device": "cpu"})
 
 
 def test_rows_of_different_runs_are_not_mixed(tmp_path):

@@ -64,6 +64,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "rank": (lambda f: edit_settings(f, r=10**6), "header", "error", "r=1000000"),
     "cut": (lambda f: os.truncate(f / WEIGHTS, 900), "header", "error", "cut off"),
     "weights": (lambda f: (f / WEIGHTS).unlink(), "header", "error", "has no adapter_model"),
+    "lost": (
+        lambda f: edit_tensors(f, lambda t: t.pop(A) is None or None),
+        "factors",
+        "error",
+        f"lacks 1 tensors that its other layers have: {A}",
+    ),
     "manifest": (lambda f: (f / MANIFEST).write_text("[]"), "manifest", "error", "no object"),
     "no manifest": (lambda f: (f / MANIFEST).unlink(), "manifest", "warning", "has no"),
     "flip": (flip, "sha256", "error", "is not as it was saved"),
