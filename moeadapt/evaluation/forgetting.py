@@ -8,6 +8,7 @@ from moeadapt.evaluation.compare import compare
 from moeadapt.evaluation.results import Forgetting
 from moeadapt.evaluation.run import evaluate
 from moeadapt.rows import Row
+from moeadapt.tuner.probe import keeping_trainable
 
 
 def forgetting(
@@ -38,7 +39,7 @@ def forgetting(
         if not isinstance(row, dict) or "text" not in row:
             raise ConfigError(f"row {number} of the base's own text has no text column")
     settings: Any = {"batch_size": batch_size, "max_length": max_length, "seed": seed}
-    with model.disable_adapter():
+    with keeping_trainable(model), model.disable_adapter():
         off = evaluate(model, tokenizer, rows, **settings)
     on = evaluate(model, tokenizer, rows, **settings)
     return Forgetting(off=off, on=on, change=compare(off, on, seed=seed))

@@ -3,6 +3,7 @@
 Letters: L layers, E experts, N texts, D domains, T tokens.
 """
 
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from moeadapt.report.watch import SHOWN_TOKENS, Watched, shown_texts, watch
 from moeadapt.tuner.head import RouterHead
 from moeadapt.tuner.inspect import heads_of
 from moeadapt.tuner.plain import adapter_config
-from moeadapt.tuner.probe import evaluating
+from moeadapt.tuner.probe import evaluating, keeping_trainable
 
 
 def collect(
@@ -85,7 +86,7 @@ def collect(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = to_batches(tokenized, batch_size, pad)
     names = list(texts)
-    with _measuring(peft_model, adapter, seed):
+    with keeping_trainable(peft_model), _measuring(peft_model, adapter, seed):
         found = watch(peft_model, adapter, tokenized, batches, shown_texts(tokenized, shown))
         num_experts = [counts.num_experts for counts in found.layers]
         losses = measure_arms(peft_model, batches, found.losses, min(num_experts), seed)
@@ -95,7 +96,8 @@ def collect(
     heads = {name: heads_of(peft_model)[f"{adapter}/{name}"] for name in found.names}
     layers = _layers(found.layers, heads, tokenized, len(names), permutations, seed)
     per_domain = [len(own) for own in texts.values()]
-    causal = all(head.router.causal for head in heads.values())
+    causal = all(head.router.causal and head.router.per == "token" for head in heads.values())
+    scored = sum(len(text.ids) > 1 for text in tokenized)
     return ReportData(
         title=adapter if title is None else title,
         settings=settings_of(peft_model, adapter),
@@ -104,7 +106,7 @@ def collect(
         texts_per_domain=per_domain,
         tokens=sum(len(text.ids) for text in tokenized),
         cut=sum(text.cut for text in tokenized),
-        verdicts=verdicts(layers, arms, per_domain, permutations, causal=causal),
+        verdicts=verdicts(layers, arms, per_domain, permutations, scored, causal=causal),
         arms=arms,
         layers=layers,
         flows=[_flow(i, flow) for i, flow in enumerate(found.flows)],
@@ -155,11 +157,7 @@ def check_numbers(numbers: Mapping[str, tuple[Any, int]]) -> None:
 
 @contextmanager
 def _measuring(model: PeftModel, adapter: str, seed: int) -> Iterator[None]:
-    """Measure one adapter in eval mode; afterwards everything is as it was.
-
-    PEFT makes an adapter trainable when it turns it on again, and a frozen one must stay frozen.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    """Measure one adapter in eval mode; afterwards it is as it was."""
     before = model.active_adapter
     assert isinstance(before, str)  # see `check_model`
     try:
@@ -171,8 +169,6 @@ def _measuring(model: PeftModel, adapter: str, seed: int) -> Iterator[None]:
     finally:
         if before != adapter:
             model.set_adapter(before)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _layers(
@@ -197,13 +193,15 @@ def _layers(
 
 def _layer(counts: LayerCounts, use: DomainUse, similarity: Tensor | None) -> Layer:
     load = counts.load
+    # A layer that uses no expert has no share of anything, and is not balanced.
+    undefined = math.nan if float(load.sum()) == 0 else 0.0
     return Layer(
         name=counts.name,
         load=load.tolist(),
         importance=counts.importance.tolist(),
-        max_over_mean=float(load.max()) * len(load),
-        cv=float(load.std(correction=0)) * len(load),
-        effective_experts=float(torch.special.entr(load).sum().exp()),
+        max_over_mean=float(load.max()) * len(load) + undefined,
+        cv=float(load.std(correction=0)) * len(load) + undefined,
+        effective_experts=float(torch.special.entr(load).sum().exp()) + undefined,
         active=counts.active,
         entropy=counts.entropy,
         lift=use.lift.tolist(),

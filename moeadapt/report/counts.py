@@ -28,6 +28,7 @@ class LayerCounts:
         used: how many tokens of each text use each expert.
         main: how many tokens of each text have each expert as their main one: that of the largest
             weight, the lowest of equal ones. A token that uses none has none.
+        idle: how many tokens of each text use no expert.
         together: tokens that use both experts.
         tokens: real tokens.
     """
@@ -39,6 +40,7 @@ class LayerCounts:
         # Counts of one text: float32 is exact far beyond any text's length.
         self.used = torch.zeros(num_texts, num_experts)
         self.main = torch.zeros(num_texts, num_experts)
+        self.idle = torch.zeros(num_texts, 1)
         self.together = torch.zeros(num_experts, num_experts, dtype=torch.float64)
         self.tokens = 0
         self._probs = torch.zeros(num_experts, dtype=torch.float64)
@@ -64,6 +66,7 @@ class LayerCounts:
         main_TE = main_experts(weights_TE)
         self._add_rows(self.used, used_TE, rows, texts)
         self._add_rows(self.main, main_TE, rows, texts)
+        self._add_rows(self.idle, 1 - main_TE.sum(-1, keepdim=True), rows, texts)
         # To the CPU first: not every accelerator has doubles.
         self.together += (used_TE.T @ used_TE).cpu().double()
         self.tokens += len(real)

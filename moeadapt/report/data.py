@@ -60,7 +60,8 @@ class Layer:
         name: path of the layer or block.
         load: share of the used slots of each expert [E], sums to one.
         importance: mean probability of each expert [E]; below one in sum with null experts.
-        max_over_mean: largest load times E; 1 is balance.
+        max_over_mean: largest load times E; 1 is balance. This and the next two are NaN where no
+            token uses an expert.
         cv: standard deviation of the load over its mean; 0 is balance.
         effective_experts: exponential of the entropy of the load, from 1 to E.
         active: experts that a token uses, mean.
@@ -68,7 +69,7 @@ class Layer:
         lift: how much oftener a domain uses an expert than all tokens do [D][E]; 1 is as often.
         p_value: of that lift, two-sided, by permutation of the domains of the texts [D][E]; not
             adjusted for their number, which the page does.
-        mutual_information: between domain and main expert, in bits.
+        mutual_information: between domain and main expert, or none, in bits.
         mutual_information_null: mean under permutation, in bits.
         mutual_information_high: what one permutation in 20 exceeds, in bits.
         mutual_information_p: share of permutations that reach it.

@@ -2,7 +2,8 @@
 
 The unit of a permutation is a text: the tokens of one text are no independent draws.
 
-Letters: N texts, D domains, E experts, P permutations, Q permutations of a part.
+Letters: N texts, D domains, E experts, C experts and none, P permutations, Q permutations of a
+part.
 
 Source: permutation tests with the +1 correction, Phipson and Smyth 2010,
 https://doi.org/10.2202/1544-6115.1585, eq. 2; mutual information, Cover and Thomas 2006, section
@@ -34,7 +35,7 @@ class DomainUse:
     Attributes:
         lift: P(e | d) / P(e) over used slots; 1 where nothing was used.
         p_value: two-sided, of that lift: twice the smaller tail, at most 1.
-        mutual_information: between domain and main expert of a token, in bits.
+        mutual_information: between domain and main expert of a token, or none, in bits.
         mutual_information_null: its mean over the permutations: what chance alone gives.
         mutual_information_high: what chance alone exceeds with a probability of 1 - `HIGH`.
         mutual_information_p: share of permutations that reach it, the observed one included.
@@ -75,7 +76,9 @@ def compare_domains(
         num_domains: D; with one there is nothing to compare: lift 1, p 1, no information.
         layer: the counts.
     """
-    used_NE, main_NE = layer.used.double(), layer.main.double()
+    used_NE = layer.used.double()
+    # To use no expert is a choice too, and one that may tell the domain.
+    main_NC = torch.cat([layer.main, layer.idle], -1).double()
     shape = (num_domains, layer.num_experts)
     if num_domains == 1:
         return DomainUse(
@@ -88,7 +91,7 @@ def compare_domains(
         )
     own = _one_hot(labels.unsqueeze(0), num_domains)
     lift_DE = lifts(own @ used_NE)[0]
-    bits = float(information(own @ main_NE)[0])
+    bits = float(information(own @ main_NC)[0])
     above_DE = torch.zeros(shape, dtype=torch.float64)
     below_DE = torch.zeros(shape, dtype=torch.float64)
     parts = []
@@ -97,7 +100,7 @@ def compare_domains(
         null_QDE = lifts(dealt_QDN @ used_NE)
         above_DE += (null_QDE >= lift_DE).sum(0)
         below_DE += (null_QDE <= lift_DE).sum(0)
-        parts.append(information(dealt_QDN @ main_NE))
+        parts.append(information(dealt_QDN @ main_NC))
     null_P = torch.cat(parts)
     reached = int((null_P >= bits - ROUNDING).sum())
     tails_DE = torch.minimum(above_DE, below_DE)

@@ -62,6 +62,7 @@ def verdicts(
     arms: Sequence[Arm],
     texts_per_domain: Sequence[int],
     permutations: int,
+    scored: int,
     *,
     causal: bool = True,
 ) -> list[Verdict]:
@@ -72,25 +73,31 @@ def verdicts(
         arms: the ways of routing.
         texts_per_domain: number of texts of each domain.
         permutations: how many were made.
+        scored: texts that have a loss, for which two tokens are needed.
         causal: whether no router looks at later tokens; else its loss predicts nothing.
     """
     return [
         balanced(layers),
         specialised(layers, texts_per_domain, permutations),
         used(layers),
-        worth_it(arms, sum(texts_per_domain), causal=causal),
+        worth_it(arms, scored, causal=causal),
     ]
 
 
 def balanced(layers: Sequence[Layer]) -> Verdict:
     """Say whether every layer's load is even enough; the worst layer decides."""
     order = [YES, UNCLEAR, NO]
-    worst = max(layers, key=lambda one: (order.index(_balance(one)), _busiest(one)))
+    worst = max(layers, key=lambda one: (order.index(_balance(one)), is_unused(one), _busiest(one)))
     answer, times = _balance(worst), _busiest(worst)
     of = "of the probability, since every token uses every expert" if is_soft(worst) else ""
     said = f"The busiest expert of {worst.name} gets {times:.2f} times an even share {of}".rstrip()
+    if is_unused(worst):
+        said = f"No token uses an expert of {worst.name}"
+    yes = f"up to {BALANCED_MAX:g} times"
+    if _limit(worst) <= BALANCED_MAX:
+        yes = f"below {_limit(worst):.2f} times"
     limit = {
-        YES: f"up to {BALANCED_MAX:g} times is balanced",
+        YES: f"{yes} is balanced",
         UNCLEAR: f"balanced is up to {BALANCED_MAX:g} times, unbalanced {_limit(worst):.2f} times",
         NO: f"from {_limit(worst):.2f} times on, this layer is unbalanced",
     }[answer]
@@ -99,8 +106,13 @@ def balanced(layers: Sequence[Layer]) -> Verdict:
         answer=answer,
         value=times,
         unit="times an even share",
-        reason=f"{said}; {limit}.",
+        reason=f"{said}." if is_unused(worst) else f"{said}; {limit}.",
     )
+
+
+def is_unused(layer: Layer) -> bool:
+    """Return whether no token uses an expert: all on null experts, or a gate that is shut."""
+    return sum(layer.load) == 0
 
 
 def is_soft(layer: Layer) -> bool:
@@ -126,6 +138,8 @@ def _limit(layer: Layer) -> float:
 
 
 def _balance(layer: Layer) -> str:
+    if is_unused(layer):
+        return NO
     # One expert alone cannot be uneven.
     if _limit(layer) > 1 and _busiest(layer) >= _limit(layer):
         return NO

@@ -32,7 +32,8 @@ def router_metrics(
           one of those below);
         - `moe/load_max`, `moe/load_min`: load of the busiest and the idlest expert as a multiple
           of 1/E: 1 is perfect balance, E (and 0) a collapse;
-        - `moe/entropy`: token entropy as a share of log E: 1 is undecided, 0 is certain;
+        - `moe/entropy`: token entropy as a share of its largest, the log of the number of experts
+          and null experts (those only if `routers` is given): 1 is undecided, 0 is certain;
         - `moe/active_experts`: experts in use per token;
         - `moe/dead_experts`: experts that no token used, counted over all routers;
         - `moe/null_share`: share of all slots that null experts took, over the routers that have
@@ -62,7 +63,10 @@ def router_metrics(
         "moe/aux_loss": fmean(aux),
         "moe/load_max": fmean(float(r.load.max()) * len(r.load) for r in each),
         "moe/load_min": fmean(float(r.load.min()) * len(r.load) for r in each),
-        "moe/entropy": fmean(_entropy_share(r) for r in each),
+        "moe/entropy": fmean(
+            _entropy_share(r, None if routers is None else routers[name])
+            for name, r in stats.items()
+        ),
         "moe/active_experts": fmean(r.active for r in each),
         "moe/dead_experts": float(sum(int((r.load == 0).sum()) for r in each)),
     }
@@ -98,6 +102,6 @@ def _null_shares(
     return [router.null_share for name, router in stats.items() if routers[name].null_experts]
 
 
-def _entropy_share(stats: RouterStats) -> float:
-    num_experts = len(stats.load)
-    return stats.entropy / math.log(num_experts) if num_experts > 1 else 0.0
+def _entropy_share(stats: RouterStats, router: Router | None) -> float:
+    width = len(stats.load) if router is None else router.width
+    return stats.entropy / math.log(width) if width > 1 else 0.0

@@ -10,6 +10,7 @@ from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from moeadapt.errors import ConfigError
@@ -43,7 +44,8 @@ def override_routing(
     Args:
         model: the model, in any wrapper.
         force: these experts, in equal shares, for every token.
-        ban: never these; a token's next most probable experts take their places.
+        ban: never these; a token's next most probable experts take their places, and its experts
+            share the weight by their probabilities. Tokens that use none of them stay as they are.
         k: this many experts per token, the most probable ones, weighted by their probabilities.
         router: `uniform`: every expert in equal shares; `random`: the token's weights on experts
             drawn at random; `shuffled`: each token gets the weights of another token of the batch
@@ -62,7 +64,6 @@ def override_routing(
         ...     without_expert_0 = model(input_ids=input_ids).logits
     """
     context = require_context(model)
-    heads = heads_of(model)
     override = Override(
         force=_experts("force", force),
         ban=_experts("ban", ban),
@@ -73,7 +74,7 @@ def override_routing(
         layers=None if layers is None else frozenset(layers),
         seed=seed,
     )
-    override.check({head.name: head.router.num_experts for head in heads.values()})
+    override.check(_experts_of_active(model))
     outer, context.override = context.override, override
     try:
         yield
@@ -145,6 +146,7 @@ class Override:
         """Return the routing to use in the place of `routing`."""
         if not self.concerns(layer):
             return routing
+        self._check_layer(layer, routing.num_experts)
         own = routing.expert_weights
         weights = self._weights(layer, routing, own)
         if weights.shape != own.shape:
@@ -197,7 +199,11 @@ class Override:
         banned = torch.zeros(own.shape[1], dtype=torch.bool, device=own.device)
         if self.ban is not None:
             banned[list(self.ban)] = True
-        rank = torch.where(banned, -torch.inf, probs)
+        if self.k is None:
+            # What the router chose comes first: a selection bias may set it apart from `probs`.
+            rank = torch.where(banned, -torch.inf, probs + (own != 0).to(probs))
+        else:
+            rank = torch.where(banned, -torch.inf, probs)
         order = torch.argsort(rank, dim=-1, descending=True, stable=True).argsort(-1)
         if self.k is None:
             keep = order < (own != 0).sum(-1, keepdim=True)
@@ -206,7 +212,26 @@ class Override:
         keep = keep & ~banned
         parts = torch.where(keep, probs, torch.zeros_like(probs))
         # Where none of them has any probability, they share equally.
-        return _share(own, torch.where(parts.sum(-1, keepdim=True) == 0, keep.to(probs), parts))
+        shared = torch.where(parts.sum(-1, keepdim=True) == 0, keep.to(probs), parts)
+        if self.k is not None:
+            return _share(own, shared)
+        touched = ((own != 0) & banned).any(-1, keepdim=True)
+        return torch.where(touched, _share(own, shared), own)
+
+
+def _experts_of_active(model: nn.Module) -> dict[str, int]:
+    """Return layer -> its number of experts: other adapters may have others, and do not run."""
+    active = {
+        name
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer)
+        for name in module.active_adapters
+    }
+    return {
+        head.name: head.router.num_experts
+        for name, head in heads_of(model).items()
+        if name.removesuffix(f"/{head.name}") in active
+    }
 
 
 def _share(own: Float[Tensor, "T E"], parts: Float[Tensor, "T E"]) -> Float[Tensor, "T E"]:

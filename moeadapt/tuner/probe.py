@@ -144,6 +144,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def keeping_trainable(model: nn.Module) -> Iterator[None]:
+    """Put back afterwards which parameters are trained.
+
+    PEFT makes an adapter trainable when it turns it on again, and a frozen one must stay frozen.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
 def call(model: nn.Module, batch: Batch) -> Tensor:
     """Run `model` on its own device; return its logits."""
     device = next(model.parameters()).device

@@ -50,13 +50,18 @@ def domains_panel(data: ReportData) -> Panel:
             )
         if len(data.layers) > MOST_BARS:
             notes.append(f"Mutual information: {MOST_BARS} of {len(data.layers)} layers.")
+        if _too_few(data):
+            notes.append(
+                f"Mutual information: {len(data.layers)} layers were tested at once, and with so "
+                "few permutations or texts none of them alone can be told from chance."
+            )
     return Panel(
         key="domains",
         title="Domains and experts",
         lead="Lift: how much oftener a domain uses an expert than all tokens do. A filled mark is "
         f"unlikely by chance (p at most {LEVEL}, permuting the domains of the texts, adjusted by "
-        "Benjamini and Hochberg for all domains, experts and layers of the report); a hollow one "
-        "could be chance.",
+        "Benjamini and Hochberg for all domains and experts of a layer; mutual information for all "
+        "layers); a hollow one could be chance.",
         pictures=[_lift(data), _information(data)] if measured else [],
         notes=notes,
     )
@@ -112,14 +117,23 @@ def _domains(data: ReportData) -> list[tuple[int, str]]:
 
 
 def _sure(data: ReportData) -> set[tuple[int, int, int]]:
-    """Return (layer, domain, expert) of every lift that is unlikely by chance, of all layers."""
-    places, values = [], []
+    """Return (layer, domain, expert) of every lift that is unlikely by chance.
+
+    Adjusted within a layer: no p is below what the permutations can give, and over hundreds of
+    layers even a domain with an expert of its own would not stand out.
+    """
+    found = set()
     for index, layer in enumerate(data.layers):
-        for row, own in enumerate(layer.p_value):
-            for expert, p in enumerate(own):
-                places.append((index, row, expert))
-                values.append(p)
-    return {place for place, p in zip(places, adjusted(values), strict=True) if p <= LEVEL}
+        places = [(row, e) for row, own in enumerate(layer.p_value) for e in range(len(own))]
+        values = adjusted([p for own in layer.p_value for p in own])
+        found |= {(index, *place) for place, p in zip(places, values, strict=True) if p <= LEVEL}
+    return found
+
+
+def _too_few(data: ReportData) -> bool:
+    """Return whether a layer alone, as unlikely as permutations can show, would stay hollow."""
+    chances = [layer.mutual_information_p for layer in data.layers]
+    return min(chances) * len(chances) > LEVEL >= min(chances) and min(adjusted(chances)) > LEVEL
 
 
 def _lift_marks(experts: list[str], domains: list[str]) -> Any:

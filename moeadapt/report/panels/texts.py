@@ -10,7 +10,7 @@ from moeadapt.report.palette import ShownExperts, short_names, shown_experts, sp
 from moeadapt.report.panels.base import Panel
 from moeadapt.report.wording import number
 
-MOST_LAYERS, MOST_SLOTS, MOST_ENTRIES = 48, 4, 80_000
+MOST_LAYERS, MOST_SLOTS, MOST_ENTRIES = 48, 8, 80_000
 """What a page holds; an entry takes about 8 bytes."""
 
 STEPS = 10
@@ -36,6 +36,8 @@ def texts_panel(data: ReportData) -> Panel:
         notes.append(f"Each text is shown up to its token {length}.")
     if experts.has_other:
         notes.append(f"{experts.note} Tokens of the others are grey; their tip names them.")
+    if any(len(own) > MOST_SLOTS for text in texts for layer in text.experts for own in layer):
+        notes.append(f"A tip names the {MOST_SLOTS} experts of the largest weights.")
     start = len(layers) // 2
     return Panel(
         key=key,
