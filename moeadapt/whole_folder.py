@@ -57,8 +57,13 @@ def whole_folder(target: str | Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_cut_manifests(target)
         holds_folders = target.is_dir() and any(path.is_dir() for path in target.iterdir())
-    # Beside a folder that holds folders nothing is gained: it cannot be exchanged.
-    inside = holds_folders or (target.is_dir() and not os.access(target.parent, os.W_OK))
+    # Beside a folder that holds folders nothing is gained: it cannot be exchanged. Nor may the one
+    # that this process works in be: its processes would be left in a folder that is gone.
+    inside = (
+        holds_folders
+        or _is_worked_in(target)
+        or (target.is_dir() and not os.access(target.parent, os.W_OK))
+    )
     place = target / "adapter" if inside else target
     remove_hidden(target, "adapter")
     remove_hidden(target.parent, glob.escape(target.name))
@@ -130,6 +135,13 @@ def _put_adapter(folder: Path, target: Path) -> None:
     elif folder.parent == target or not _exchange_files(folder, target):
         put_files(start_journal(folder, target))
     sync(target.parent)
+
+
+def _is_worked_in(target: Path) -> bool:
+    try:
+        return target.samefile(os.getcwd())
+    except OSError:
+        return False
 
 
 def _remove_cut_manifests(target: Path) -> None:

@@ -30,6 +30,10 @@ class Sizes:
     k: int = 2
 
 
+FFN_PARAMETERS = 23
+"""Rank with which a plain LoRA has as many parameters as `mixture_ffn`, on SmolLM2-135M."""
+
+
 def lora(rank: int) -> LoraConfig:
     """Return a plain LoRA, whose scale is that of the mixtures."""
     return LoraConfig(r=rank, lora_alpha=2 * rank, **COMMON)
@@ -57,6 +61,7 @@ def fixed(router: Any) -> dict[str, Any]:
 ARMS: dict[str, Callable[[Sizes], PeftConfig]] = {
     "lora_total": lambda s: lora(s.experts * s.rank),
     "lora_active": lambda s: lora(s.k * s.rank),
+    "lora_ffn_params": lambda s: lora(FFN_PARAMETERS),
     "mixture_block": lambda s: mixture(s),
     "mixture_layer": lambda s: mixture(s, router_scope="layer"),
     "mixture_ffn": lambda s: mixture(s, placement="ffn"),
@@ -69,7 +74,7 @@ ARMS: dict[str, Callable[[Sizes], PeftConfig]] = {
     "uniform_router": lambda s: mixture(s, **fixed("uniform")),
     "oracle_routing": lambda s: mixture(s, **fixed("uniform")),
 }
-"""Equal parameters as a mixture: `lora_total`, to the size of the routers (under 1 %)."""
+"""Equal parameters as a mixture with experts on every linear: `lora_total`, but for the routers."""
 
 
 def attach(arm: str, base: nn.Module, sizes: Sizes, seed: int) -> Any:

@@ -20,7 +20,7 @@ from benchmarks.speed.measure import in_turns, peak_bytes
 from moeadapt.demo.arms import batch_of
 
 BASELINE = "lora_total"
-ROUNDS, DECODED = 3, 16
+ROUNDS, DECODED = 3, 8
 
 
 @dataclass(frozen=True, kw_only=True)

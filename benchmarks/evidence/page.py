@@ -18,6 +18,7 @@ ARMS = {
     "lora_total": "plain LoRA, equal total rank",
     "lora_kr": "plain LoRA, equal total rank",
     "lora_active": "plain LoRA, equal active rank",
+    "lora_ffn_params": "plain LoRA, the parameters of the FFN mixture",
     "lora_r": "plain LoRA, the rank of one expert",
     "lora_params": "plain LoRA, equal parameters",
     "mixture_block": "mixture, one routing per block",
@@ -181,8 +182,8 @@ def model(rows: list[Row]) -> list[str]:
         f"{first['batch']} rows: a reduced form, far from convergence. Lower is better. The "
         "learning rate is searched for every arm until both neighbours are worse. The difference "
         "to the plain LoRA of equal total rank is that of runs on the same rows in the same order, "
-        "tested by Student's paired t test at 5 %. Equal total rank is equal trainable parameters, "
-        "too, but for the routers.",
+        "tested by Student's paired t test at 5 %. The parameters of each arm stand in the second "
+        "table.",
         where(first),
         "",
         *table(["arm", "all", "against LoRA of equal total rank", *names, "rate"], quality),

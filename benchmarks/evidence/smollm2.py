@@ -60,8 +60,8 @@ class Preset:
 
 
 SMALL = Preset(
-    arms=tuple(ARMS), rates=(5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2), seeds=3, steps=16, batch=4,
-    train=40, test=8, texts=3, longest=210,
+    arms=tuple(ARMS), rates=(5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2), seeds=3, steps=12, batch=4,
+    train=40, test=6, texts=3, longest=210,
 )  # fmt: skip
 FULL = Preset(
     arms=tuple(ARMS), rates=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2), seeds=3, steps=600, batch=32,

@@ -97,11 +97,7 @@ def read_header(file: BinaryIO, path: Path) -> Header:
             f"{MAX_TENSORS} tensors"
         )
     raw = file.read(size)
-    count = raw.count(b'"data_offsets"')
-    if count > MAX_TENSORS:
-        raise AdapterFileError(
-            f"{path}: holds {count} tensors; an adapter has at most {MAX_TENSORS}"
-        )
+    _check_count(raw.count(b'"data_offsets"'), path)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -109,6 +105,7 @@ def read_header(file: BinaryIO, path: Path) -> Header:
     if not text.startswith("{"):
         raise AdapterFileError(f"{path}: its header starts with {text[:1]!r}, not '{{'; {_AGAIN}")
     entries = load_json(text, path)
+    _check_count(len(entries), path)  # the name may have been written with escapes
     _check_metadata(entries.pop("__metadata__", {}), path)
     tensors = {name: _info(name, entry, path) for name, entry in entries.items()}
     _check_places(tensors, total - 8 - size, path)
@@ -116,6 +113,13 @@ def read_header(file: BinaryIO, path: Path) -> Header:
 
 
 _AGAIN = "copy the adapter again from where it was saved"
+
+
+def _check_count(count: int, path: Path) -> None:
+    if count > MAX_TENSORS + 1:  # and the metadata
+        raise AdapterFileError(
+            f"{path}: holds {count} tensors; an adapter has at most {MAX_TENSORS}"
+        )
 
 
 def _check_metadata(metadata: Any, path: Path) -> None:

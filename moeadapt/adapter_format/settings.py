@@ -93,11 +93,11 @@ def load_json(text: str, path: Path) -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise AdapterFileError(f"{path}: field {twice!r} is there twice; keep one")
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                raise AdapterFileError(f"{path}: field {name!r} is there twice; keep one")
+            fields[name] = value
         return fields
 
     def number(literal: str) -> int:

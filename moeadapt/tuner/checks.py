@@ -1,25 +1,35 @@
 """What an adapter's settings must agree on before a model is touched; each check names the cure."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
-from peft.utils.other import get_pattern_key
 from torch import nn
 
 from moeadapt.errors import ConfigError
 from moeadapt.experts import EXPERTS, BankSize
 from moeadapt.routers import RouterConfig
-from moeadapt.tuner.config import MoeLoraConfig
+from moeadapt.tuner.config import MOST_PATTERNS, MoeLoraConfig
 from moeadapt.tuner.plan import TargetPlan
 from moeadapt.tuner.quiet import without_warnings
 
 
 def matching(pattern: Mapping[str, Any], key: str, default: Any) -> Any:
     """Return the value of the first pattern that names `key`, else `default`."""
-    return pattern.get(get_pattern_key(list(pattern), key), default)
+    for one, value in pattern.items():
+        if _end_of_path(one).match(key):
+            return value
+    return pattern.get(key, default)
+
+
+@lru_cache(maxsize=MOST_PATTERNS)
+def _end_of_path(pattern: str) -> re.Pattern[str]:
+    """Return what PEFT's `get_pattern_key` compiles anew for every key of a large table."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def check_impl(config: MoeLoraConfig, experts: str) -> None:
@@ -42,7 +52,7 @@ def check_pattern_matches(config: MoeLoraConfig, plans: Mapping[str, TargetPlan]
     if not isinstance(config.experts_pattern, dict):
         return
     for pattern in config.experts_pattern:
-        if not any(get_pattern_key([pattern], key) != key or pattern == key for key in plans):
+        if not any(_end_of_path(pattern).match(key) or pattern == key for key in plans):
             raise ConfigError(
                 f"experts_pattern: {pattern!r} matches none of the {len(plans)} targets, such as "
                 f"{next(iter(plans))!r}; a pattern is the end of a module path, or a regex for it"

@@ -234,7 +234,16 @@ class MoeLoraConfig(PeftConfig):
             raise ConfigError("MoeLoraConfig: layers_pattern needs layers_to_transform")
 
 
+MOST_PATTERNS = 2048
+"""Keys of one field of patterns: each is matched against every target."""
+
+
 def _check_patterns(name: str, patterns: Any) -> None:
+    if isinstance(patterns, dict) and len(patterns) > MOST_PATTERNS:
+        raise ConfigError(
+            f"MoeLoraConfig: {name} has {len(patterns)} patterns; at most {MOST_PATTERNS} are "
+            "matched. Put modules together by a regular expression"
+        )
     for pattern in patterns if isinstance(patterns, dict) else ():
         try:
             re.compile(pattern)

@@ -19,6 +19,9 @@ START_SECONDS = 20.0
 SIMPLE = 3
 """With so many repetitions, none of them of a group, time grows at most with the cube of a name."""
 
+KEY_FORM = r"(.*\.)?({})$"
+"""How PEFT completes the key of a table of patterns."""
+
 _REPEAT = re.compile(r"[*+?{]")
 _REPEATED_GROUP = re.compile(r"\)\s*[*+{]")
 
@@ -40,7 +43,26 @@ def check_patterns_end(config: MoeLoraConfig, names: Iterable[str]) -> None:
     Raises:
         ConfigError: names the fields that hold them.
     """
-    hard = list(_hard_patterns(config))
+    _check_end(list(_hard_patterns(config)), names, "MoeLoraConfig")
+
+
+def check_keys_end(field: str, keys: Iterable[str], names: Iterable[str], owner: str) -> None:
+    """Refuse keys of a table of patterns that take too long on `names`.
+
+    Args:
+        field: name of the table.
+        keys: its patterns.
+        names: paths of modules.
+        owner: whose table it is, named first in the message.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    hard = [(field, KEY_FORM.replace("{}", key)) for key in keys if not _is_simple(key)]
+    _check_end(hard, names, owner)
+
+
+def _check_end(hard: list[tuple[str, str]], names: Iterable[str], owner: str) -> None:
     if not hard:
         return
     data = json.dumps([[pattern for _, pattern in hard], sorted(names), SECONDS])
@@ -55,7 +77,7 @@ def check_patterns_end(config: MoeLoraConfig, names: Iterable[str]) -> None:
     if not ended:
         where = ", ".join(sorted({field for field, _ in hard}))
         raise ConfigError(
-            f"MoeLoraConfig: matching the pattern in {where} takes longer than {SECONDS} s on the "
+            f"{owner}: matching the pattern in {where} takes longer than {SECONDS} s on the "
             "module names of this base; give a list of names, or a pattern without repetition in a "
             "repetition"
         )
@@ -74,7 +96,7 @@ def _hard_patterns(config: MoeLoraConfig) -> Iterator[tuple[str, str]]:
             given.append((field, value, r"({})\Z"))
     for field in ("rank_pattern", "alpha_pattern", "experts_pattern"):
         value = getattr(config, field)
-        given += [(field, key, r"(.*\.)?({})$") for key in value] if isinstance(value, dict) else []
+        given += [(field, key, KEY_FORM) for key in value] if isinstance(value, dict) else []
     layers = config.layers_pattern
     given += [
         ("layers_pattern", one, r".*\.{}\.(\d+)\.")

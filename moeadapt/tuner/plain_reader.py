@@ -4,18 +4,21 @@ Letters: D in, O out, r rank.
 """
 
 import math
+import re
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
-from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from moeadapt.adapter_folder import WEIGHTS, read_settings
+from moeadapt.adapter_folder import read_settings
+from moeadapt.adapter_format.adapter import AdapterFiles
 from moeadapt.errors import ConfigError
+from moeadapt.tuner.checks import matching
+from moeadapt.tuner.config import MOST_PATTERNS
+from moeadapt.tuner.patterns import check_keys_end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,8 @@ def read_plain(folder: str | Path) -> dict[str, ScaledPair]:
     """
     folder = Path(folder)
     config, tensors = _files(folder)
+    patterns = _alpha_pattern(config, folder)
+    check_keys_end("alpha_pattern", patterns, tensors, str(folder))
     pairs: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         key, _, factor = name.removesuffix(".weight").rpartition(".")
@@ -44,19 +49,26 @@ def read_plain(folder: str | Path) -> dict[str, ScaledPair]:
         pairs.setdefault(key.removeprefix("base_model.model."), {})[factor] = tensor
     read = {}
     for key, pair in pairs.items():
-        if len(pair) != 2 or pair["lora_A"].shape[0] != pair["lora_B"].shape[1]:  # noqa: PLR2004
+        if not _is_pair(pair):
             raise ConfigError(f"{folder}: lora_A and lora_B of {key!r} do not belong together")
-        scale = _scale(config, key, pair["lora_A"].shape[0])
+        alpha = matching(patterns, key, config.get("lora_alpha"))
+        scale = _scale(config, alpha, pair["lora_A"].shape[0], folder)
         read[key] = ScaledPair(a=pair["lora_A"], b=pair["lora_B"], scale=scale)
     return read
 
 
+def _is_pair(pair: dict[str, Tensor]) -> bool:
+    """Return whether there are two matrices of one rank, which is at least 1."""
+    if len(pair) != 2 or any(factor.dim() != 2 for factor in pair.values()):  # noqa: PLR2004
+        return False
+    rank = pair["lora_A"].shape[0]
+    return rank > 0 and pair["lora_B"].shape[1] == rank
+
+
 def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_settings(folder, "LORA")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except SafetensorError as error:
-        raise ConfigError(f"{folder / WEIGHTS} is damaged: {error}") from None
+    with closing(AdapterFiles(folder)) as files:
+        tensors = files.read()
     odd = [name for name in _NOT_PLAIN if config.get(name)]
     if config.get("bias", "none") != "none":
         odd.append("bias")
@@ -88,9 +100,27 @@ _NOT_PLAIN = (
 _CHANGES_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def _scale(config: dict[str, Any], key: str, rank: int) -> float:
+def _alpha_pattern(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(list(patterns), key), config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool):
-        raise ConfigError(f"lora_alpha={alpha!r} of a LoRA adapter is not a number")
+    if not isinstance(patterns, dict):
+        raise ConfigError(f"{folder}: alpha_pattern={patterns!r} must map patterns to numbers")
+    if len(patterns) > MOST_PATTERNS:
+        raise ConfigError(
+            f"{folder}: alpha_pattern has {len(patterns)} patterns; at most {MOST_PATTERNS} are "
+            "matched"
+        )
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"{folder}: alpha_pattern: {pattern!r} is not a valid regular expression: {error}"
+            ) from None
+    return patterns
+
+
+def _scale(config: dict[str, Any], alpha: Any, rank: int, folder: Path) -> float:
+    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+    if not number or not math.isfinite(alpha):
+        raise ConfigError(f"{folder}: lora_alpha={alpha!r} of a LoRA adapter is no finite number")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
