@@ -77,6 +77,19 @@ ARMS: dict[str, Callable[[Sizes], PeftConfig]] = {
 """Equal parameters as a mixture with experts on every linear: `lora_total`, but for the routers."""
 
 
+REDUCED = (
+    "lora_total",
+    "lora_active",
+    "mixture_block",
+    "mixture_ffn",
+    "mixture_threshold",
+    "frozen_random_router",
+    "uniform_router",
+    "oracle_routing",
+)
+"""What fits half an hour on a CPU; `--arms` names others."""
+
+
 def attach(arm: str, base: nn.Module, sizes: Sizes, seed: int) -> Any:
     """Return `base` with the adapter of an arm, initialised from `seed`."""
     torch.manual_seed(seed)

@@ -180,10 +180,10 @@ def model(rows: list[Row]) -> list[str]:
         "`python -m benchmarks.evidence.smollm2`. Held-out loss of the answers in nats per token, "
         f"± standard error over {first['seeds']} seeds, {first['steps']} steps of "
         f"{first['batch']} rows: a reduced form, far from convergence. Lower is better. The "
-        "learning rate is searched for every arm until both neighbours are worse. The difference "
-        "to the plain LoRA of equal total rank is that of runs on the same rows in the same order, "
-        "tested by Student's paired t test at 5 %. The parameters of each arm stand in the second "
-        "table.",
+        "learning rate is searched for every arm on validation rows: with one seed until both "
+        "neighbours are worse, then the better two with all seeds. The difference to the plain "
+        "LoRA of equal total rank is that of runs on the same rows in the same order, tested by "
+        "Student's paired t test at 5 %. The parameters of each arm stand in the second table.",
         where(first),
         "",
         *table(["arm", "all", "against LoRA of equal total rank", *names, "rate"], quality),

@@ -1,8 +1,8 @@
 """Mixtures and plain LoRAs on a real model: `python -m benchmarks.evidence.smollm2`.
 
-Every arm sees the same rows in the same order. The learning rate is searched for each arm with the
-first seed and chosen on validation rows; errors are over seeds, and those of the difference to the
-plain LoRA of equal total rank over pairs of runs with one seed. `--full` is for a GPU.
+Every arm sees the same rows in the same order. The learning rate is searched for each arm on
+validation rows, see `sweep.py`; errors are over seeds, and those of the difference to the plain
+LoRA of equal total rank over pairs of runs with one seed. `--full` is for a GPU.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from transformers.utils import logging
 import moeadapt
 from benchmarks.common import append_csv, check_columns, where
 from benchmarks.evidence import cost, domains, runs, sequential
-from benchmarks.evidence.arms import ARMS, Sizes
+from benchmarks.evidence.arms import ARMS, REDUCED, Sizes
 from benchmarks.evidence.base_text import base_text
-from benchmarks.evidence.sweep import climb
+from benchmarks.evidence.sweep import choose_rate
 from moeadapt.embedded import resolve_model
 
 BASE = "embedded:smollm2-135m"
@@ -60,7 +60,7 @@ class Preset:
 
 
 SMALL = Preset(
-    arms=tuple(ARMS), rates=(5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2), seeds=3, steps=12, batch=4,
+    arms=REDUCED, rates=(5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2), seeds=3, steps=12, batch=4,
     train=40, test=6, texts=3, longest=210,
 )  # fmt: skip
 FULL = Preset(
@@ -105,7 +105,7 @@ class Bench:
         model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         return model.to(self.device)
 
-    def run(self, arm: str, seed: int, rate: float) -> runs.Run:
+    def run(self, arm: str, rate: float, seed: int) -> runs.Run:
         """Train once and score on the validation rows."""
         train, validation, _ = self.rows[seed]
         model = runs.start(arm, self.load, self.sizes, seed)
@@ -136,11 +136,10 @@ class Bench:
             forgetting = loss - self.base_loss
         return replace(run, model=None, losses=losses, experts=experts, forgetting=forgetting)
 
-    def measure(self, arm: str) -> tuple[list[runs.Run], dict[float, float]]:
-        """Return a run for each seed, and the validation loss of every rate tried."""
-        best, tried = climb(partial(self.run, arm, 0), self.preset.rates)
-        rest = (self.run(arm, seed, best.rate) for seed in range(1, self.preset.seeds))
-        return [self.test(best), *map(self.test, rest)], tried
+    def measure(self, arm: str) -> tuple[list[runs.Run], dict[float, list[float]]]:
+        """Return a run for each seed, and the validation losses of every rate tried."""
+        found, tried = choose_rate(partial(self.run, arm), self.preset.rates, self.preset.seeds)
+        return [self.test(run) for run in found], tried
 
     def sequence(self, arm: str, rate: float) -> list[sequential.Sequence2]:
         """Train on the first domain, then on the second, with each seed."""
@@ -163,7 +162,7 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
 def row_of(
     found: list[runs.Run],
     baseline: list[runs.Run],
-    tried: dict[float, float],
+    tried: dict[float, list[float]],
     preset: Preset,
     costs: cost.Cost,
 ) -> dict[str, Any]:
@@ -193,7 +192,10 @@ def row_of(
         "decode_tokens_per_second": round(costs.generated, 1),
         "decode_time_ratio": round(costs.decode_ratio, 3),
         "learning_rate": one.rate,
-        "rates_tried": " ".join(f"{rate}:{tried[rate]:.3f}" for rate in sorted(tried)),
+        "rates_tried": " ".join(
+            f"{rate}:{statistics.fmean(tried[rate]):.3f}@{len(tried[rate])}"
+            for rate in sorted(tried)
+        ),
         "seeds": len(found),
         "steps": preset.steps,
         "batch": preset.batch,

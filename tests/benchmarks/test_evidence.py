@@ -12,7 +12,7 @@ import moeadapt
 from benchmarks.common import append_csv
 from benchmarks.evidence import arms, cost, domains, page, runs, smollm2
 from benchmarks.evidence.arms import ARMS, Sizes
-from benchmarks.evidence.sweep import climb
+from benchmarks.evidence.sweep import choose_rate, climb
 from tests.tiny import tiny
 
 SIZES = Sizes(experts=4, rank=4, k=2)
@@ -152,7 +152,7 @@ def test_the_columns_are_known_before(tmp_path):
         losses={"python": 2.0},
     )  # fmt: skip
     numbers = dict.fromkeys((field.name for field in fields(cost.Cost)), 1)
-    row = smollm2.row_of([run, run], [run, run], {0.1: 1.0}, smollm2.SMALL, cost.Cost(**numbers))
+    row = smollm2.row_of([run, run], [run, run], {0.1: [1.0]}, smollm2.SMALL, cost.Cost(**numbers))
     assert [*row, "device"] == smollm2.columns(["python"], {"device": "cpu"})
 
 
@@ -196,11 +196,31 @@ def test_the_rate_is_searched_until_both_sides_are_worse(best):
             rate=rate, validation=abs(rate - best) if rate < 5 or best == 5 else torch.nan
         )
 
-    found, losses = climb(run, range(6))
-    assert found.rate == best
-    assert set(losses) == set(tried)
+    found = climb(run, range(6))
+    lowest = min((one for one in found.values()), key=lambda one: (one.validation, one.rate))
+    assert lowest.rate == best
+    assert set(found) == set(tried)
     assert len(tried) == len(set(tried))
     assert {max(best - 1, 0), min(best + 1, 5)} <= set(tried)
+
+
+def test_a_rate_that_one_seed_alone_likes_is_not_chosen():
+    def run(rate: float, seed: int) -> SimpleNamespace:
+        # The larger rate is the better one for the first seed; another one diverges.
+        losses = {1.0: (2.0, 2.0, 2.0), 2.0: (1.9, 9.0, 2.0), 3.0: (2.5, 2.5, 2.5)}
+        return SimpleNamespace(rate=rate, seed=seed, validation=losses[rate][seed])
+
+    found, tried = choose_rate(run, (1.0, 2.0, 3.0), 3)
+    assert [(one.rate, one.seed) for one in found] == [(1.0, 0), (1.0, 1), (1.0, 2)]
+    assert tried == {1.0: [2.0] * 3, 2.0: [1.9, 9.0, 2.0], 3.0: [2.5]}
+
+
+def test_a_run_that_diverges_never_wins():
+    def run(rate: float, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(validation=torch.nan if rate > 1 or seed == 2 else 5.0, rate=rate)
+
+    found, _ = choose_rate(run, (1.0, 2.0), 2)
+    assert [one.rate for one in found] == [1.0, 1.0]
 
 
 def test_parameters_of_experts_are_told_from_shared_ones():

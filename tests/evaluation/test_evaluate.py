@@ -192,3 +192,11 @@ def test_rows_are_cut_at_the_positions_that_the_model_has():
     found = evaluate(gpt2, TOKENIZER, [{"text": " ".join(["w1"] * 200)}])
     assert found.max_length == 64
     assert found.truncated == 1
+
+
+def test_forgetting_leaves_a_frozen_adapter_frozen():
+    model = adapt(tiny("llama"), moe_config("block"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    forgetting(model, TOKENIZER, [{"text": "w1 w2 w3"}, {"text": "w4 w5"}])
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -162,6 +162,28 @@ def test_fault_008_a_header_with_too_many_tensors_is_refused_before_they_are_rea
     assert_refused(folder, "holds 1000.. tensors; an adapter has at most 65536")
 
 
+def test_fault_008_names_written_with_escapes_count_too(tmp_path):
+    escaped = b'{"dtype":"F32","shape":[0],"data\\u005foffsets":[0,0]}'
+
+    def many(header):
+        rest = b"".join(b',"t%d":%s' % (i, escaped) for i in range(70_000))
+        return json.dumps(header).encode()[:-1] + rest + b"}"
+
+    assert_refused(edit_header(fresh(tmp_path), many), "tensors; an adapter has at most 65536")
+
+
+def test_fault_009_a_name_that_is_there_twice_among_many_is_found_in_time(tmp_path):
+    names = b"".join(b',"a%d":0' % i for i in range(90_000))
+
+    def twice(header):
+        return json.dumps(header).encode()[:-1] + names + b',"a89999":0}'
+
+    folder = edit_header(fresh(tmp_path), twice)
+    start = time.monotonic()
+    assert_refused(folder, "field 'a89999' is there twice")
+    assert time.monotonic() - start < 20  # each of several ways to load it
+
+
 NAMES = {
     "twice": (lambda h: json.dumps(h).encode()[:-1] + b"," + json.dumps(h).encode()[1:], "twice"),
     "not utf-8": (lambda h: json.dumps(h).encode().replace(b"q_proj", b"q\xffproj", 1), "UTF-8"),

@@ -228,6 +228,22 @@ def test_fault_043_a_pattern_that_never_ends_is_refused_in_time(tmp_path, patter
     assert time.monotonic() - start < 2  # half a second of it is another interpreter's
 
 
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+def test_fault_043_more_patterns_than_can_be_matched_are_refused(tmp_path, field):
+    folder = edit_settings(fresh(tmp_path), **{field: {f"a{i}": 1 for i in range(60_000)}})
+    start = time.monotonic()
+    with refusal(f"{field} has 60000 patterns; at most 2048", ConfigError):
+        by_from_pretrained(base_model(), folder)
+    assert time.monotonic() - start < 2
+
+
+def test_fault_043_as_many_patterns_as_allowed_take_no_minute(tmp_path):
+    patterns = {f"layers.{i}.none": 1 for i in range(2048)}
+    start = time.monotonic()
+    assert_loads(edit_settings(fresh(tmp_path), rank_pattern=patterns))
+    assert time.monotonic() - start < 30
+
+
 def test_fault_043_usual_patterns_are_matched(tmp_path):
     pattern = r"model\.layers\.(0|1)\.((self_attn|mlp)\.)+(q|k|v|o|gate|up|down)_proj"
     assert_loads(edit_settings(fresh(tmp_path), target_modules=pattern))

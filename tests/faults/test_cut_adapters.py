@@ -128,3 +128,18 @@ def test_a_native_push_comes_after_the_save_and_keeps_its_keywords(
     natives[0].save_pretrained(str(tmp_path / "a"), push_to_hub=True, token="t", private=True)
     natives[0].save_pretrained(str(tmp_path / "a"), True, None, True, repo_id="me/b")
     assert pushed == [("a", {"token": "t", "private": True}, True), ("me/b", {}, True)]
+
+
+def test_saving_into_the_working_folder_leaves_it_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path.stat().st_ino
+    for seed in (1, 2):
+        model = adapted("llama", "block", seed=seed)
+        model.save_pretrained(".")
+        assert Path(os.getcwd()).stat().st_ino == tmp_path.stat().st_ino == place
+        assert torch.equal(outputs(Path(".")), logits(model, batch()))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    beside = [path.name for path in tmp_path.parent.iterdir()]
+    assert not [name for name in beside if name.startswith(f".{tmp_path.name}")]

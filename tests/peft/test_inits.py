@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -342,10 +343,16 @@ def _garbage(folder):
     Path(folder, "adapter_model.safetensors").write_bytes(b"no tensors")
 
 
+def _pipe(folder):
+    path = Path(folder, "adapter_model.safetensors")
+    path.unlink()
+    os.mkfifo(path)
+
+
 BROKEN = {
     "no tensors": (_remove("adapter_model.safetensors"), "has no adapter_model.safetensors"),
     "no config": (_remove("adapter_config.json"), "has no adapter_config.json"),
-    "damaged": (_garbage, "is damaged"),
+    "damaged": (_garbage, "cut off or no safetensors file"),
     "method": (_break_config(peft_type="IA3"), "is no LoRA adapter"),
     "dora": (_break_config(use_dora=True), "it uses use_dora"),
     "bias": (_break_config(bias="all"), "it uses bias"),
@@ -360,7 +367,29 @@ BROKEN = {
         _break_file(lambda t: {n: v for n, v in t.items() if "q_proj" not in n}),
         "other modules.*'model.layers.0.self_attn.q_proj'",
     ),
-    "nan": (_break_file(lambda t: {n: v * float("nan") for n, v in t.items()}), "not finite"),
+    "nan": (_break_file(lambda t: {n: v * float("nan") for n, v in t.items()}), "NaN"),
+    "infinite alpha": (_break_config(lora_alpha=float("nan")), "no finite number"),
+    "list of alphas": (_break_config(alpha_pattern=["x"]), "must map patterns to numbers"),
+    "no pattern": (_break_config(alpha_pattern={"(": 1}), "not a valid regular expression"),
+    "endless": (
+        _break_config(alpha_pattern={r"(.+)+\d\dx": 8}),
+        "the pattern in alpha_pattern takes longer",
+    ),
+    "many": (
+        _break_config(alpha_pattern={f"a{i}": 1 for i in range(3000)}),
+        "has 3000 patterns; at most 2048",
+    ),
+    "no rank": (
+        _break_file(
+            lambda t: {n: v[:0] if "lora_A" in n else v[:, :0].clone() for n, v in t.items()}
+        ),
+        "do not belong together",
+    ),
+    "vector": (
+        _break_file(lambda t: {n: v[:, 0].clone() if "lora_B" in n else v for n, v in t.items()}),
+        "do not belong together",
+    ),
+    "pipe": (_pipe, "is a pipe, not a file"),
     "shape": (
         _break_file(lambda t: {n: v[:, :9].clone() if "lora_A" in n else v for n, v in t.items()}),
         "maps 9 -> 32, but the model's maps 64 -> 32",

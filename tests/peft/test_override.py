@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import moeadapt
 from moeadapt.errors import ConfigError
-from tests.tiny import adapted, batch, logits
+from tests.tiny import adapted, batch, logits, moe_config
 
 KINDS = ("layer", "block", "ffn", "glu")
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -190,3 +190,51 @@ def test_what_cannot_be_is_refused(override, message):
 def test_a_model_without_a_mixture_is_refused():
     with pytest.raises(ConfigError, match="no mixture"), moeadapt.override_routing(torch.nn.ReLU()):
         pass
+
+
+def biased(kind: str = "layer"):
+    """Return a mixture whose choice a selection bias sets apart from its probabilities."""
+    router = {"name": "top_k", "k": 2, "init_std": 0.5}
+    model = model_of(kind, router=router, balance={"loss_free": {}})
+    for name, buffer in model.named_buffers():
+        if name.endswith("selection_bias"):
+            buffer.copy_(torch.tensor([0.0, -0.5, 0.0, 0.0]))
+    return model
+
+
+def test_a_ban_leaves_tokens_alone_that_do_not_use_the_expert():
+    model = biased()
+    _, plain = routed(model, edit=lambda _, routing: routing.expert_weights)
+    first = next(iter(plain))
+    own, probs = plain[first].weights, plain[first].probs
+    # Else the test would not tell the choice from the probabilities.
+    assert not torch.equal(own != 0, probs >= probs.topk(2).values[:, 1:])
+    for expert in range(4):
+        _, found = routed(model, ban=expert)
+        unused = own[:, expert] == 0
+        assert torch.equal(found[first].weights[unused], own[unused])
+        kept = (own != 0) & (torch.arange(4) != expert)
+        assert (found[first].weights[kept] > 0).all()
+
+
+def test_only_the_active_adapter_is_asked_for_its_experts():
+    model = model_of("layer", num_experts=6)
+    model.add_adapter("other", moe_config("layer", num_experts=2))
+    model.double()
+    out, _ = routed(model, force=5)
+    assert torch.isfinite(out).all()
+    with pytest.raises(ConfigError, match="has the experts 0 to 5"):
+        routed(model, force=6)
+    model.set_adapter("other")
+    with pytest.raises(ConfigError, match="has the experts 0 to 1"):
+        routed(model, force=5)
+
+
+def test_an_adapter_that_is_activated_inside_the_block_is_checked_too():
+    model = model_of("layer", num_experts=6)
+    model.add_adapter("other", moe_config("layer", num_experts=2))
+    model.double()
+    with moeadapt.override_routing(model, force=5):
+        model.set_adapter("other")
+        with pytest.raises(ConfigError, match="has the experts 0 to 1"):
+            logits(model, batch())

@@ -348,3 +348,21 @@ def test_an_adapter_that_is_off_is_refused():
     model = mixture()
     with model.disable_adapter(), pytest.raises(UnsupportedError, match="turn the adapter on"):
         collect(model, TOKENIZER, TEXTS)
+
+
+def test_a_decision_per_sequence_looks_at_later_tokens():
+    model = mixture(router={"name": "top_k", "k": 1, "per": "sequence"})
+    found = collect(model, TOKENIZER, two_domains(9), **FEW)
+    (worth,) = (tile for tile in found.verdicts if tile.name == "worth it")
+    assert worth.answer == "unclear"
+    assert "looks at later tokens" in worth.reason
+
+
+def test_tokens_on_null_experts_are_counted_as_idle():
+    model = mixture(router={"name": "top_k", "k": 1, "null_experts": 3, "init_std": 0.5})
+    with moeadapt.override_routing(model, edit=lambda _, r: torch.zeros_like(r.expert_weights)):
+        found = collect(model, TOKENIZER, two_domains(9), **FEW)
+    for layer in found.layers:
+        assert sum(layer.load) == 0
+        assert math.isnan(layer.cv)
+        assert layer.mutual_information == 0

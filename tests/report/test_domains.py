@@ -147,3 +147,12 @@ def test_what_was_never_used_has_lift_one():
 def test_tables_without_tokens_give_no_information():
     assert float(information(torch.zeros(1, 2, 3).double())) == 0.0
     assert_close(lifts(torch.zeros(1, 2, 3).double()), torch.ones(1, 2, 3).double())
+
+
+def test_to_use_no_expert_tells_the_domain_too():
+    labels = torch.tensor([0] * 8 + [1] * 8)
+    layer = layer_of(torch.tensor([[5, 5]] * 8 + [[0, 0]] * 8))
+    layer.idle = torch.tensor([[0.0]] * 8 + [[10.0]] * 8)
+    found = compare_domains(labels, permuted_labels(labels, 99, 0), 2, layer)
+    assert found.mutual_information == pytest.approx(1.0)
+    assert found.mutual_information_p < 0.05

@@ -192,9 +192,28 @@ def test_few_texts_and_routers_that_look_ahead_are_unclear():
 
 
 def test_the_tiles_have_their_order_and_plain_sentences():
-    found = verdicts([layer()], arms(), [10, 10], 999)
+    found = verdicts([layer()], arms(), [10, 10], 999, 20)
     assert [tile.name for tile in found] == ["balanced", "specialised", "used", "worth it"]
     for tile in found:
         assert tile.reason.endswith(".")
         assert "\n" not in tile.reason
         assert tile.unit
+
+
+def test_a_layer_that_uses_no_expert_is_not_balanced():
+    found = balanced([layer((0.9, 0.1, 0, 0)), layer((0,) * 4, active=0.0)])
+    assert found.answer == "no"
+    assert found.reason == "No token uses an expert of layer."
+
+
+def test_balanced_names_the_limit_that_it_used():
+    narrow = balanced([layer((0.4, 0.3, 0.2, 0.1), active=2.0)])
+    assert narrow.answer == "yes"
+    assert narrow.reason.endswith("below 1.75 times is balanced.")
+    wide = balanced([layer((0.4, 0.3, 0.2, 0.1), active=1.0)])
+    assert wide.reason.endswith("up to 2 times is balanced.")
+
+
+def test_texts_without_a_loss_do_not_count():
+    answers = [verdicts([layer()], arms(), [7, 1], 999, scored)[3].answer for scored in (1, 8)]
+    assert answers == ["unclear", "yes"]

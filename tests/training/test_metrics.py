@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from moeadapt import MoeAdaptCallback
 from moeadapt.balance import parse_balance
+from moeadapt.routers import ROUTERS
 from moeadapt.stats import RouterStats
 from moeadapt.training.metrics import router_metrics
 from tests.tiny import batch, labels_of
@@ -46,6 +47,13 @@ def test_a_collapsed_router_has_load_e_and_dead_experts() -> None:
     assert metrics["moe/load_min"] == pytest.approx((0 + 1) / 2)
     assert metrics["moe/dead_experts"] == 2
     assert metrics["moe/entropy"] == 0
+
+
+def test_null_experts_count_in_the_largest_entropy() -> None:
+    router = ROUTERS["top_k"](k=2, null_experts=4).build(8, 4)
+    even = {"a": stats([0.25] * 4, entropy=math.log(8))}
+    metrics = router_metrics(even, {"a": {}}, {"a": router})
+    assert metrics["moe/entropy"] == pytest.approx(1.0)
 
 
 def test_the_aux_loss_is_coefficient_times_loss_averaged_over_routers() -> None:
