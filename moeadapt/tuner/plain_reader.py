@@ -5,7 +5,6 @@ Letters: D in, O out, r rank.
 
 import math
 import re
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,11 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from moeadapt.adapter_folder import read_settings
-from moeadapt.adapter_format.adapter import AdapterFiles
-from moeadapt.errors import ConfigError
+from moeadapt.adapter_folder import WEIGHTS, read_settings
+from moeadapt.adapter_format.adapter import check_values, to_tensors
+from moeadapt.adapter_format.files import open_file
+from moeadapt.adapter_format.header import read_header
+from moeadapt.errors import AdapterFileError, ConfigError
 from moeadapt.tuner.checks import matching
 from moeadapt.tuner.config import MOST_PATTERNS
 from moeadapt.tuner.patterns import check_keys_end
@@ -67,8 +68,7 @@ def _is_pair(pair: dict[str, Tensor]) -> bool:
 
 def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_settings(folder, "LORA")
-    with closing(AdapterFiles(folder)) as files:
-        tensors = files.read()
+    tensors = _tensors(folder)
     odd = [name for name in _NOT_PLAIN if config.get(name)]
     if config.get("bias", "none") != "none":
         odd.append("bias")
@@ -81,6 +81,19 @@ def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             "beside an unchanged base"
         )
     return config, tensors
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    """Read the weights with the checks of our own adapters; PEFT writes no manifest."""
+    path = folder / WEIGHTS
+    with open_file(folder, WEIGHTS) as file:
+        header = read_header(file, path)
+        data = bytearray(file.read(header.data_bytes))
+    if len(data) < header.data_bytes:
+        raise AdapterFileError(f"{path}: changed while it was read; try again")
+    tensors = dict(to_tensors(data, header))
+    check_values(tensors, path)
+    return tensors
 
 
 # What makes a LoRA adapter more than its pairs of matrices.
