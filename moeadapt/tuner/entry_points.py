@@ -40,6 +40,7 @@ from moeadapt.tuner.loading import check_known, check_opened, current, loading, 
 from moeadapt.tuner.locate import find_folder, hub_arguments, read_config, refuse_uncached
 from moeadapt.tuner.native_save import save_natively
 from moeadapt.tuner.peft_save import push_to_hub, save_pretrained
+from moeadapt.tuner.same_settings import check_same_settings
 
 _WRAPPED = "_moeadapt_wraps"
 
@@ -153,6 +154,7 @@ def _load_adapter(
             return original(self, model_id, adapter_name, *args, **kwargs)
     with loading(files):
         if adapter_name in self.peft_config:
+            check_same_settings(files.folder, self.peft_config[adapter_name], adapter_name)
             own = get_peft_model_state_dict(
                 self, adapter_name=adapter_name, save_embedding_layers=False
             )
