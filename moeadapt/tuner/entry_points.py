@@ -8,8 +8,8 @@ others. So the functions that know an adapter's folder are wrapped, once, when t
   and for `AutoModel`, before the base is loaded;
 - `PeftModel.from_pretrained`, `PeftModel.load_adapter`, `PreTrainedModel.load_adapter`: open the
   folder; what follows knows its files;
-- `safe_load_file`: gives the numbers that were checked, whatever lies at the path by then, and
-  `torch_load` none;
+- `safe_load_file`, `torch_load`: give the numbers that were checked, whatever lies in the folder by
+  then;
 - `PeftModel.save_pretrained`, `PreTrainedModel.save_pretrained`: write the manifest;
 - `PeftModel.push_to_hub`: says what it leaves out.
 
@@ -29,6 +29,7 @@ import transformers.models.auto.auto_factory as auto
 from peft import PeftModel, get_peft_model_state_dict
 from peft.config import PeftConfigMixin
 from peft.utils import save_and_load
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeadapt.adapter_format.adapter import AdapterFiles
@@ -246,20 +247,21 @@ def _safe_load_file(original: Callable[..., Any], filename: Any, *args: Any, **k
     files = current()
     if files is None:
         return original(filename, *args, **kwargs)
-    if Path(filename).resolve() != files.path.resolve():
+    return _checked_numbers(files, filename, kwargs.get("device", args[0] if args else "cpu"))
+
+
+def _torch_load(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any) -> Any:
+    """A pickled file is asked for only if the weights vanished after they were opened."""
+    files = current()
+    if files is None:
+        return original(filename, *args, **kwargs)
+    return _checked_numbers(files, filename, kwargs.get("map_location", "cpu"))
+
+
+def _checked_numbers(files: AdapterFiles, filename: Any, device: Any) -> dict[str, Tensor]:
+    if Path(filename).parent.resolve() != files.folder.resolve():
         raise AdapterFileError(
             f"{filename}: was about to be loaded in place of {files.path}, which was checked; load "
-            "the adapter from a folder of its own"
+            "each adapter on its own"
         )
-    device = kwargs.get("device", args[0] if args else "cpu")
     return {name: tensor.to(device) for name, tensor in files.read().items()}
-
-
-def _torch_load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    files = current()
-    if files is not None:
-        raise AdapterFileError(
-            f"{files.path}: vanished while it was loaded, and what is beside it is a pickled file, "
-            "which is never opened here; load the adapter again"
-        )
-    return original(*args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.utils import save_and_load
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from moeadapt import loading_options
 from moeadapt.adapter_format.adapter import AdapterFiles
 from moeadapt.errors import AdapterFileError, ConfigError, ExportError
 from moeadapt.tuner import entry_points
+from moeadapt.tuner.loading import loading
 from tests.faults.loading_kit import (
     MANIFEST,
     SETTINGS,
@@ -126,6 +128,8 @@ def test_fault_033_settings_that_only_peft_would_read_are_no_way_around(
     with pytest.raises(AdapterFileError, match=f"{SETTINGS}: .*{LENIENT[change]}"):
         WAYS_IN[way](base, folder)
     assert_untouched(base, before)
+    added = "two" if way == "beside" else "moeadapt"
+    assert not any(added in name for name, _ in base.named_modules())
 
 
 def test_fault_033_settings_that_change_after_the_check_are_refused(tmp_path, monkeypatch):
@@ -137,17 +141,26 @@ def test_fault_033_settings_that_change_after_the_check_are_refused(tmp_path, mo
     assert not hasattr(base, "peft_config")
 
 
-def test_fault_014_weights_exchanged_for_pickled_ones_are_not_opened(tmp_path, monkeypatch):
+def test_fault_014_weights_exchanged_for_pickled_ones_change_nothing(tmp_path, monkeypatch):
     folder, original = fresh(tmp_path), AdapterFiles.read
 
     def exchange(self: AdapterFiles) -> Any:
         tensors = original(self)
-        (folder / WEIGHTS).rename(folder / "adapter_model.bin")
+        if (folder / WEIGHTS).exists():
+            (folder / WEIGHTS).rename(folder / "adapter_model.bin")
         return tensors
 
     monkeypatch.setattr(AdapterFiles, "read", exchange)
-    with pytest.raises(AdapterFileError, match="vanished while it was loaded.*never opened"):
-        PeftModel.from_pretrained(base_model(), folder)
+    loads_as_before(folder)
+    assert not (folder / WEIGHTS).exists()
+
+
+def test_fault_014_only_what_was_opened_is_read_while_an_adapter_is_loaded(tmp_path):
+    other = fresh(tmp_path / "other") / WEIGHTS
+    with loading(AdapterFiles(fresh(tmp_path))):
+        for read in (save_and_load.safe_load_file, save_and_load.torch_load):
+            with pytest.raises(AdapterFileError, match="was about to be loaded in place of"):
+                read(str(other))
 
 
 def loads_as_before(folder: Path) -> None:
