@@ -71,7 +71,24 @@ def _refuse_ours(folder: Path, text: str, error: AdapterFileError) -> None:
 
 def is_ours(folder: Path, text: str) -> bool:
     """Whether a folder whose settings cannot be read holds an adapter of this method."""
-    return METHOD in text or exists(folder, MANIFEST) or holds_our_tensors(folder)
+    return (
+        METHOD in text
+        or exists(folder, MANIFEST)
+        or holds_our_tensors(folder)
+        or _is_ours_to_peft(folder / SETTINGS)
+    )
+
+
+def _is_ours_to_peft(path: Path) -> bool:
+    """Whether PEFT, which takes what the strict reading refuses, would read settings of ours."""
+    if not path.is_file():
+        return False
+    try:
+        with open(path) as file:  # in the encoding that PEFT opens it in
+            settings = json.load(file)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(settings, dict) and settings.get("peft_type") == METHOD
 
 
 def holds_our_tensors(folder: Path) -> bool:

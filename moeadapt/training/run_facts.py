@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from moeadapt.adapter_folder import SETTINGS
+from moeadapt.tuner.same_settings import FREE
 
 SAMPLED = 1024
 """Rows of the data that are hashed, evenly spread."""
@@ -23,12 +24,6 @@ _OPTIMIZER = (
     *("bf16", "fp16"),
 )
 """They decide what a step does; the state of the optimizer would overrule some without a word."""
-
-_FREE = {
-    *("auto_mapping", "base_fingerprint", "base_model_name_or_path", "inference_mode"),
-    *("peft_version", "revision"),
-}
-"""Settings of an adapter that say nothing of its form."""
 
 
 def run_facts(args: Any, rows: Any) -> dict[str, Any]:
@@ -65,7 +60,7 @@ def changed_adapter(checkpoint: Path, configs: Mapping[str, Any]) -> list[str]:
             continue
         then = _sorted_lists(json.loads(path.read_text(encoding="utf-8")))
         now = _sorted_lists(json.loads(json.dumps(config.to_dict(), default=_plain)))
-        kept = {key: value for key, value in now.items() if key not in _FREE}
+        kept = {key: value for key, value in now.items() if key not in FREE}
         lines += changed_facts(then, kept)
     return lines
 

@@ -8,7 +8,8 @@ others. So the functions that know an adapter's folder are wrapped, once, when t
   and for `AutoModel`, before the base is loaded;
 - `PeftModel.from_pretrained`, `PeftModel.load_adapter`, `PreTrainedModel.load_adapter`: open the
   folder; what follows knows its files;
-- `safe_load_file`: gives the numbers that were checked, whatever lies at the path by then;
+- `safe_load_file`, `torch_load`: give the numbers that were checked, whatever lies in the folder by
+  then;
 - `PeftModel.save_pretrained`, `PreTrainedModel.save_pretrained`: write the manifest;
 - `PeftModel.push_to_hub`: says what it leaves out.
 
@@ -19,7 +20,6 @@ is not the adapter's even where tensors come from no folder.
 
 import functools
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,18 +29,19 @@ import transformers.models.auto.auto_factory as auto
 from peft import PeftModel, get_peft_model_state_dict
 from peft.config import PeftConfigMixin
 from peft.utils import save_and_load
-from peft.utils.other import EMBEDDING_LAYER_NAMES as EMBEDDINGS
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from moeadapt.adapter_format.adapter import AdapterFiles
-from moeadapt.adapter_format.manifest import remove_manifest
 from moeadapt.adapter_format.settings import METHOD, SETTINGS, is_ours
 from moeadapt.errors import AdapterFileError
 from moeadapt.journal import recover
 from moeadapt.tuner.config import MoeLoraConfig
-from moeadapt.tuner.loading import check_known, current, loading
+from moeadapt.tuner.loading import check_known, check_opened, current, loading, unopened
 from moeadapt.tuner.locate import find_folder, hub_arguments, read_config, refuse_uncached
-from moeadapt.tuner.native_save import save_natively, write_manifests
+from moeadapt.tuner.native_save import save_natively
+from moeadapt.tuner.peft_save import push_to_hub, save_pretrained
+from moeadapt.tuner.same_settings import check_same_settings
 
 _WRAPPED = "_moeadapt_wraps"
 
@@ -55,9 +56,10 @@ def install() -> None:
     _wrap(PeftModel, "load_adapter", _load_adapter)
     _wrap(native.PeftAdapterMixin, "load_adapter", _load_natively)
     _wrap(save_and_load, "safe_load_file", _safe_load_file)
-    _wrap(PeftModel, "save_pretrained", _save)
+    _wrap(save_and_load, "torch_load", _torch_load)
+    _wrap(PeftModel, "save_pretrained", save_pretrained)
     _wrap(PreTrainedModel, "save_pretrained", save_natively)
-    _wrap(PeftModel, "push_to_hub", _push_to_hub)
+    _wrap(PeftModel, "push_to_hub", push_to_hub)
 
 
 def is_installed() -> bool:
@@ -93,12 +95,20 @@ def _config_from_pretrained(
 
 
 def _from_json_file(original: Callable[..., Any], cls: Any, path_json_file: str, **kw: Any) -> Any:
-    settings = read_config(Path(path_json_file).parent) if _is_settings(path_json_file) else None
-    return original(cls, path_json_file, **kw) if settings is None else settings
-
-
-def _is_settings(path: Any) -> bool:
-    return Path(path).name == SETTINGS
+    path = Path(path_json_file)
+    if path.name != SETTINGS:
+        return original(cls, path_json_file, **kw)
+    settings = read_config(path.parent)
+    if settings is not None:
+        check_opened(path)
+        return settings
+    lenient = original(cls, path_json_file, **kw)
+    if isinstance(lenient, dict) and lenient.get("peft_type") == METHOD:
+        raise AdapterFileError(
+            f"{path}: PEFT reads settings of {METHOD} in it, and they were not when they were "
+            "checked: it changed in between; load it again"
+        )
+    return lenient
 
 
 def _find_config(original: Callable[..., Any], model_id: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,9 +131,10 @@ def _from_pretrained(
     if files is None:
         given = any(isinstance(x, MoeLoraConfig) for x in (*args, kwargs.get("config")))
         _refuse_unknown(model_id, kwargs, given)
-        return original(cls, model, model_id, *args, **kwargs)
+        with unopened():
+            return original(cls, model, model_id, *args, **kwargs)
     with loading(files):
-        return original(cls, model, model_id, *args, **kwargs)
+        return original(cls, model, str(files.folder), *args, **_inside_folder(kwargs))
 
 
 def _load_adapter(
@@ -140,14 +151,26 @@ def _load_adapter(
     if files is None:
         replaces = isinstance(self.peft_config.get(adapter_name), MoeLoraConfig)
         _refuse_unknown(model_id, kwargs, replaces)
-        return original(self, model_id, adapter_name, *args, **kwargs)
+        with unopened():
+            return original(self, model_id, adapter_name, *args, **kwargs)
     with loading(files):
         if adapter_name in self.peft_config:
+            check_same_settings(files.folder, self.peft_config[adapter_name], adapter_name)
             own = get_peft_model_state_dict(
                 self, adapter_name=adapter_name, save_embedding_layers=False
             )
             check_known(files, self.get_base_model(), own)
-        return original(self, model_id, adapter_name, *args, **kwargs)
+        where = str(files.folder)
+        return original(self, where, adapter_name, *args, **_inside_folder(kwargs))
+
+
+def _inside_folder(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a loading function that is given the folder that was opened.
+
+    Given the name of a repository, it would ask the hub again, and read what was not checked if
+    another commit came in between.
+    """
+    return {name: value for name, value in arguments.items() if name != "subfolder"}
 
 
 def _load_natively(
@@ -163,9 +186,14 @@ def _load_natively(
     given = kwargs.get("adapter_state_dict") is not None or len(args) > 2  # noqa: PLR2004
     known = getattr(load_config, "download_kwargs", None) or {}
     where = {**known, **kwargs, **(adapter_kwargs or {})}
-    files = None if given else _open(peft_model_id, where)
-    if files is None:
+    if given:
         return original(self, peft_model_id, *args, **more)
+    # Unlike PEFT, transformers looks for no repository where there is a folder of that name.
+    is_folder = isinstance(peft_model_id, str | os.PathLike) and os.path.isdir(peft_model_id)
+    files = _open(peft_model_id, where, hub=not is_folder)
+    if files is None:
+        with unopened():
+            return original(self, peft_model_id, *args, **more)
     with loading(files):
         settings = read_config(files.folder)
         if settings is None:
@@ -176,14 +204,14 @@ def _load_natively(
         return original(self, peft_model_id, *args, **more)
 
 
-def _open(model_id: Any, arguments: dict[str, Any]) -> AdapterFiles | None:
+def _open(model_id: Any, arguments: dict[str, Any], hub: bool = True) -> AdapterFiles | None:
     """Open the adapter of this method behind `model_id`; None: it is none, or not to be found.
 
     Raises:
         ConfigError: nothing may be fetched, and it is not in the cache.
     """
     where = hub_arguments(arguments)
-    folder = find_folder(model_id, where)
+    folder = find_folder(model_id, where, hub)
     if folder is None:
         refuse_uncached(model_id, where)
     if folder is None or read_config(folder) is None:
@@ -217,52 +245,23 @@ def _refuse_unknown(model_id: Any, arguments: dict[str, Any], expects_ours: bool
 
 def _safe_load_file(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any) -> Any:
     files = current()
-    if files is None or Path(filename).resolve() != files.path.resolve():
+    if files is None:
         return original(filename, *args, **kwargs)
-    device = kwargs.get("device", args[0] if args else "cpu")
-    return {name: tensor.to(device) for name, tensor in files.read().items()}
+    return _checked_numbers(files, filename, kwargs.get("device", args[0] if args else "cpu"))
 
 
-# --- saving
+def _torch_load(original: Callable[..., Any], filename: Any, *args: Any, **kwargs: Any) -> Any:
+    """A pickled file is asked for only if the weights vanished after they were opened."""
+    files = current()
+    if files is None:
+        return original(filename, *args, **kwargs)
+    return _checked_numbers(files, filename, kwargs.get("map_location", "cpu"))
 
 
-def _save(
-    original: Callable[..., Any], self: PeftModel, save_directory: Any, *args: Any, **kwargs: Any
-) -> None:
-    ours = {n: c for n, c in self.peft_config.items() if isinstance(c, MoeLoraConfig)}
-    is_main = kwargs.get("is_main_process", True)
-    chosen = kwargs.get("selected_adapters") or list(self.peft_config)
-    folders = {
-        name: Path(save_directory) / ("" if name == "default" else name)
-        for name in ours
-        if name in chosen and is_main
-    }
-    for folder in folders.values():
-        remove_manifest(folder)
-    if len(args) < _EMBEDDINGS_AT and any(_targets_embeddings(ours[name]) for name in folders):
-        # Experts on a head leave the head as it is, and a file with it would be refused.
-        kwargs.setdefault("save_embedding_layers", False)
-    original(self, save_directory, *args, **kwargs)
-    write_manifests(folders.values(), self.get_base_model())
-
-
-_EMBEDDINGS_AT = 3
-"""Arguments of `save_pretrained` after the folder, up to `save_embedding_layers`."""
-
-
-def _targets_embeddings(config: MoeLoraConfig) -> bool:
-    targets = config.target_modules
-    return not isinstance(targets, str) and any(name in EMBEDDINGS for name in targets or ())
-
-
-def _push_to_hub(
-    original: Callable[..., Any], self: PeftModel, repo_id: str, *args: Any, **kwargs: Any
-) -> Any:
-    if any(isinstance(config, MoeLoraConfig) for config in self.peft_config.values()):
-        warnings.warn(
-            f"push_to_hub keeps a card that {repo_id} has, but writes none that says how to load "
-            "this adapter, and sends the path of a base that is a folder; moeadapt.push(model, "
-            f"{repo_id!r}) writes the card, and checks every file",
-            stacklevel=3,
+def _checked_numbers(files: AdapterFiles, filename: Any, device: Any) -> dict[str, Tensor]:
+    if Path(filename).parent.resolve() != files.folder.resolve():
+        raise AdapterFileError(
+            f"{filename}: was about to be loaded in place of {files.path}, which was checked; load "
+            "each adapter on its own"
         )
-    return original(self, repo_id, *args, **kwargs)
+    return {name: tensor.to(device) for name, tensor in files.read().items()}

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 
 from peft.tuners.tuners_utils import (
     _filter_state_dict_by_key_prefixes,
@@ -24,6 +25,8 @@ from moeadapt.tuner.plan import TargetPlan
 
 _CURRENT: ContextVar[AdapterFiles | None] = ContextVar("moeadapt_loading", default=None)
 
+_UNOPENED: ContextVar[bool] = ContextVar("moeadapt_unopened", default=False)
+
 
 def current() -> AdapterFiles | None:
     """Return the files of the adapter that is being loaded; None: it comes from no folder."""
@@ -39,6 +42,34 @@ def loading(files: AdapterFiles) -> Iterator[None]:
     finally:
         _CURRENT.reset(token)
         files.close()
+
+
+@contextmanager
+def unopened() -> Iterator[None]:
+    """Say that what is being loaded was not opened, since it is of another method or not there."""
+    token = _UNOPENED.set(True)
+    try:
+        yield
+    finally:
+        _UNOPENED.reset(token)
+
+
+def check_opened(path: Path) -> None:
+    """Refuse settings of this method for an adapter whose files nobody has opened.
+
+    The hub did not answer us but answered PEFT, or the folder was filled in between.
+
+    Args:
+        path: the settings that PEFT is about to use.
+
+    Raises:
+        AdapterFileError: names them.
+    """
+    if _UNOPENED.get() and _CURRENT.get() is None:
+        raise AdapterFileError(
+            f"{path}: was not there, or could not be fetched, when the adapter was to be checked, "
+            "so nothing of it was; load it again"
+        )
 
 
 @contextmanager

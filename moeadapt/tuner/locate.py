@@ -43,20 +43,19 @@ def find_folder(model_id: Any, where: dict[str, Any], hub: bool = True) -> Path 
         hub: whether to look at the hub, too.
 
     Raises:
-        AdapterFileError: a save to the folder was cut and cannot be completed.
+        AdapterFileError: a save to the folder was cut and cannot be completed, or the settings of
+            an adapter of this method are no file.
     """
     if not isinstance(model_id, str | os.PathLike):
         return None
     folder = Path(model_id, where.get("subfolder") or "")
     recover(folder)
-    try:
-        if os.path.lexists(folder / SETTINGS):
-            return folder
-        if not hub or folder.exists() or os.path.exists(model_id):
-            return None
-    except (OSError, ValueError):
-        return None
-    return _fetch(str(model_id), where)
+    if os.path.isfile(folder / SETTINGS):
+        return folder
+    if os.path.lexists(folder / SETTINGS):
+        parse(folder)  # refuses what is ours; PEFT looks past a name that is no file
+    # A folder of the same name does not keep PEFT from the hub; what is no string does.
+    return _fetch(model_id, where) if hub and isinstance(model_id, str) else None
 
 
 def _fetch(repository: str, where: dict[str, Any]) -> Path | None:

@@ -203,7 +203,7 @@ def test_checkpoints_of_a_trainer_are_sealed_and_resume(tmp_path):
     assert all(torch.equal(a, b) for (_, a), (_, b) in ends)
     wider = adapt(base_model(), moe_config("block", r=8)).train()
     broken = Trainer(wider, TrainingArguments(**settings), train_dataset=rows)
-    with refusal("lora_A.*instead of"):
+    with refusal("r: 8 on the model, 4 in the folder"):
         broken.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
