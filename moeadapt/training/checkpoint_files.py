@@ -174,8 +174,12 @@ def _compare(folder: Path, needs: list[str], found: Findings) -> None:
         )
         return
     files = marker.get("files")
-    readable = isinstance(files, dict) and all(_is_entry(*item) for item in files.items())
-    if not readable or type(marker.get("skipped_steps", 0)) is not int:
+    counted = type(marker.get("skipped_steps", 0)) is int
+    if (
+        not counted
+        or not isinstance(files, dict)
+        or not all(_is_entry(*item) for item in files.items())
+    ):
         found.damaged.append(f"{MARKER} is cut off or damaged")
         return
     for name, said in files.items():
