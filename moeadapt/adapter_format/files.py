@@ -47,7 +47,8 @@ def read_small(folder: Path, name: str, limit: int) -> bytes:
         AdapterFileError: see `open_file`, or it is empty or larger.
     """
     with open_file(folder, name) as file:
-        content = file.read(limit + 1)
+        # `read` makes room for all that it is asked for.
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)
     if not content:
         raise AdapterFileError(f"{folder / name}: is empty; copy the adapter again")
     if len(content) > limit:

@@ -21,6 +21,9 @@ MAX_TENSORS = 1 << 16
 MAX_DIMENSIONS = 8
 MAX_NAME = 500
 
+MAX_NUMBERS = 1 << 48
+"""A tensor's; without numbers, the product of its other dimensions: torch multiplies them, too."""
+
 ITEM_SIZES = {
     "BOOL": 1,
     "U8": 1,
@@ -141,6 +144,11 @@ def _info(name: str, entry: Any, path: Path) -> TensorInfo:
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
         raise AdapterFileError(
             f"{where}: shape {shape!r} must be at most {MAX_DIMENSIONS} integers >= 0"
+        )
+    if math.prod(size for size in shape if size) >= MAX_NUMBERS:
+        raise AdapterFileError(
+            f"{where}: shape {shape} is out of range: its dimensions other than 0 must multiply to "
+            f"less than {MAX_NUMBERS}; {_AGAIN}"
         )
     if not _are_counts(places) or len(places) != 2 or places[0] > places[1]:  # noqa: PLR2004
         raise AdapterFileError(

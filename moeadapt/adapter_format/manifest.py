@@ -8,8 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from moeadapt.adapter_format.files import exists, open_file, read_small
-from moeadapt.adapter_format.settings import MANIFEST, SETTINGS, WEIGHTS, load_json
+from moeadapt.adapter_format.files import exists, open_file
+from moeadapt.adapter_format.settings import MANIFEST, SETTINGS, WEIGHTS, read_object
 from moeadapt.errors import AdapterFileError
 from moeadapt.version import FORMAT_VERSION, __version__
 
@@ -69,12 +69,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
                 stacklevel=2,
             )
         return None
-    try:
-        manifest = load_json(read_small(folder, MANIFEST, MAX_BYTES).decode("utf-8"), path)
-    except UnicodeDecodeError as error:
-        raise AdapterFileError(f"{path}: is not UTF-8: {error}; {_CURE}") from None
-    if not isinstance(manifest, dict):
-        raise AdapterFileError(f"{path}: is no object of fields; {_CURE}")
+    manifest = read_object(folder, MANIFEST, MAX_BYTES)
     version = manifest.get("format_version")
     if type(version) is not int or version < 1:
         raise AdapterFileError(

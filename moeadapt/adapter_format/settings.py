@@ -133,6 +133,25 @@ def load_json(text: str, path: Path) -> Any:
         raise AdapterFileError(f"{path}: is nested without end; it is damaged") from None
 
 
+def read_object(folder: Path, name: str, limit: int) -> dict[str, Any]:
+    """Return the fields of a JSON file of at most `limit` bytes.
+
+    Raises:
+        AdapterFileError: see `read_small` and `load_json`, or it is not UTF-8, or no object.
+    """
+    path = folder / name
+    try:
+        found = load_json(read_small(folder, name, limit).decode("utf-8"), path)
+    except UnicodeDecodeError as error:
+        raise AdapterFileError(f"{path}: is not UTF-8: {error}; {_CURE}") from None
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{path}: is no object of fields; {_CURE}")
+    return found
+
+
+_CURE = "copy the adapter again from where it was saved"
+
+
 def check_depth(text: str, path: Path) -> None:
     """Refuse settings nested more than `MAX_DEPTH` deep.
 

@@ -68,6 +68,17 @@ def _applies(check: Check, subject: Subject) -> bool:
     }[check.scope]
 
 
+def _not_looked_at(name: str, check: Check, error: Exception) -> Finding:
+    return Finding(
+        check=name,
+        level="error",
+        what=f"could not be looked at: {type(error).__name__}: {error}",
+        why=f"it is not known whether {check.line}",
+        cure="do not use it before that is known; a file that no reader foresees is damaged or "
+        "hostile. Please report this",
+    )
+
+
 def _run(name: str, check: Check, subject: Subject) -> list[Finding]:
     found: list[Finding] = []
     with warnings.catch_warnings(record=True) as said:
@@ -76,6 +87,8 @@ def _run(name: str, check: Check, subject: Subject) -> list[Finding]:
             found.extend(check.run(subject))
         except (MoeAdaptError, OSError, metadata.PackageNotFoundError) as error:
             found.append(Finding(check=name, level="error", what=str(error), why=check.why))
+        except Exception as error:  # what a hostile file makes a reader raise hides no other check
+            found.append(_not_looked_at(name, check, error))
     # What other packages say of their own future is not about the folder.
     told = [w.message for w in said if w.category is UserWarning and check.scope != "environment"]
     for what in dict.fromkeys(str(message) for message in told):

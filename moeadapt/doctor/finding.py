@@ -63,7 +63,7 @@ class Check:
         scope: what it needs: nothing, a folder, a folder with an adapter, or that and a base.
         line: what holds if it finds nothing.
         why: why it matters.
-        run: yields what is wrong; a `MoeAdaptError` that it raises is a finding, too.
+        run: yields what is wrong; what it raises is a finding, too.
     """
 
     scope: Scope

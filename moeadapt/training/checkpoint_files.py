@@ -6,15 +6,19 @@ import os
 import pickle
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from moeadapt.adapter_folder import SETTINGS, WEIGHTS
+from moeadapt.adapter_format.files import exists, open_file
+from moeadapt.adapter_format.manifest import sha256_of
+from moeadapt.adapter_format.settings import MAX_BYTES, SETTINGS, WEIGHTS, read_object
+from moeadapt.errors import AdapterFileError
 
 MARKER = "moeadapt_checkpoint.json"
 """Names every other file with its size and sha256."""
@@ -28,6 +32,12 @@ _SENTINEL = "checkpoint-is-incomplete.txt"
 """What transformers leaves in a checkpoint that it could not finish."""
 
 _FORMAT = 1
+
+MAX_MARKER = 1 << 24
+"""Bytes; more than 100000 files fit."""
+
+MAX_STATE = 1 << 30
+"""Bytes; 250000 logs of 100 numbers fit."""
 
 _LONGEST = 255
 """Bytes of a file's name."""
@@ -79,10 +89,9 @@ def write_marker(folder: Path, facts: Mapping[str, Any]) -> None:
 def read_marker(folder: str | Path) -> dict[str, Any]:
     """Return what the marker says; nothing if there is none that can be read."""
     try:
-        marker = json.loads((Path(folder) / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_object(Path(folder), MARKER, MAX_MARKER)
+    except AdapterFileError:
         return {}
-    return marker if isinstance(marker, dict) else {}
 
 
 def inspect_checkpoint(folder: Path, needs: Iterable[str], *, sharded: bool = False) -> Findings:
@@ -99,7 +108,7 @@ def inspect_checkpoint(folder: Path, needs: Iterable[str], *, sharded: bool = Fa
         return found
     if (folder / _SENTINEL).exists():
         found.damaged.append(f"{_SENTINEL} says that it was not finished")
-    if (problem := _state_problem(folder / STATE)) is not None:
+    if (problem := _state_problem(folder)) is not None:
         found.damaged.append(f"{STATE} {problem}")
     if not sharded:
         found.damaged.extend(_adapter_problems(folder))
@@ -110,36 +119,48 @@ def inspect_checkpoint(folder: Path, needs: Iterable[str], *, sharded: bool = Fa
     if not found.damaged:
         for name in needs:
             if (folder / name).is_file():
-                _try_load(folder / name, found)
+                _try_load(folder, name, found)
     return found
 
 
-def _state_problem(path: Path) -> str | None:
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+def _state_problem(folder: Path) -> str | None:
+    """Say why transformers could not go on from the state of its trainer."""
+    if not exists(folder, STATE):
         return "is missing"
-    except (ValueError, RecursionError) as error:
+    try:
+        state = read_object(folder, STATE, MAX_STATE)
+    except AdapterFileError as error:
         return f"is cut off or damaged ({error})"
-    if not isinstance(state, dict) or not isinstance(state.get("global_step"), int):
+    unknown = sorted(set(state) - {one.name for one in fields(TrainerState)})
+    if unknown:
+        return f"has fields that the installed transformers does not know: {unknown[:5]}"
+    if type(state.get("global_step")) is not int:
         return "has no global_step"
-    return None if isinstance(state.get("log_history", []), list) else "has a log that is no list"
+    if not isinstance(state.get("log_history", []), list):
+        return "has a log that is no list"
+    if not isinstance(state.get("stateful_callbacks", {}), dict | None):
+        return "has stateful_callbacks that are no object"
+    best = state.get("best_model_checkpoint")
+    return None if isinstance(best, str | None) else "has a best_model_checkpoint that is no path"
 
 
 def _adapter_problems(folder: Path) -> list[str]:
     homes = [path.parent for path in folder.rglob(SETTINGS)] or [folder]
     problems = []
     for home in homes:
-        try:
-            with safe_open(home / WEIGHTS, framework="pt") as weights:
-                weights.keys()
-        except FileNotFoundError:
+        if not exists(home, WEIGHTS):
             problems.append(f"{WEIGHTS} is missing")
-        except (SafetensorError, OSError, RuntimeError) as error:
-            problems.append(f"{WEIGHTS} is cut off or damaged ({error})")
+        else:
+            try:
+                # safetensors would wait for the writer of a pipe.
+                open_file(home, WEIGHTS).close()
+                with safe_open(home / WEIGHTS, framework="pt") as weights:
+                    weights.keys()
+            except (AdapterFileError, SafetensorError, OSError, RuntimeError) as error:
+                problems.append(f"{WEIGHTS} is cut off or damaged ({error})")
         try:
-            json.loads((home / SETTINGS).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            read_object(home, SETTINGS, MAX_BYTES)
+        except AdapterFileError as error:
             problems.append(f"{SETTINGS} cannot be read ({error})")
     return problems
 
@@ -153,7 +174,12 @@ def _compare(folder: Path, needs: list[str], found: Findings) -> None:
         )
         return
     files = marker.get("files")
-    if not isinstance(files, dict) or not all(_is_entry(*item) for item in files.items()):
+    counted = type(marker.get("skipped_steps", 0)) is int
+    if (
+        not counted
+        or not isinstance(files, dict)
+        or not all(_is_entry(*item) for item in files.items())
+    ):
         found.damaged.append(f"{MARKER} is cut off or damaged")
         return
     for name, said in files.items():
@@ -166,26 +192,31 @@ def _compare(folder: Path, needs: list[str], found: Findings) -> None:
             found.damaged.append(
                 f"{name} has {path.stat().st_size} bytes, and {said.get('size')} were saved"
             )
-        elif _hash(path) != said.get("sha256"):
-            found.damaged.append(f"{name} was changed after it was saved (sha256)")
+        else:
+            try:
+                if sha256_of(folder, name) != said.get("sha256"):
+                    found.damaged.append(f"{name} was changed after it was saved (sha256)")
+            except AdapterFileError as error:
+                found.damaged.append(f"{name} cannot be read ({error})")
 
 
 def _is_entry(name: str, said: Any) -> bool:
     """Whether a marker may say this: files are below the checkpoint, with names a disk can hold."""
     path = Path(name)
-    return (
-        isinstance(said, dict)
-        and not path.is_absolute()
-        and ".." not in path.parts
-        and all(len(os.fsencode(part)) <= _LONGEST for part in path.parts)
-    )
-
-
-def _try_load(path: Path, found: Findings) -> None:
-    """Read a pickled file as plain data, without its tensors."""
     try:
-        with safe_globals():
-            torch.load(path, map_location="meta", weights_only=True)
+        longest = max((len(part.encode()) for part in path.parts), default=0)
+    except UnicodeEncodeError:  # half a character, which JSON can hold, and no terminal shows
+        return False
+    outside = path.is_absolute() or ".." in path.parts
+    return isinstance(said, dict) and not outside and longest <= _LONGEST
+
+
+def _try_load(folder: Path, name: str, found: Findings) -> None:
+    """Read a pickled file as plain data, without its tensors."""
+    path = folder / name
+    try:
+        with open_file(folder, name) as file, safe_globals():
+            torch.load(file, map_location="meta", weights_only=True)
     except pickle.UnpicklingError as error:
         # An intact archive was not cut off: what it says is what torch does not read as data.
         if zipfile.is_zipfile(path) or "global" in str(error).lower():

@@ -12,14 +12,13 @@ import torch
 from accelerate.utils import broadcast_object_list, reduce
 from safetensors import SafetensorError
 from torch import nn
-from transformers.trainer_utils import sort_checkpoints
 
 from moeadapt.errors import ExportError, TrainingError
 from moeadapt.hidden_folder import HiddenFolder, remove_hidden
 from moeadapt.training.checkpoint_files import STATE, write_marker
 from moeadapt.training.memory import is_out_of_memory
 from moeadapt.training.nonfinite import refuse_nonfinite_weights
-from moeadapt.training.resume import last_complete
+from moeadapt.training.resume import last_complete, list_checkpoints
 from moeadapt.whole_folder import give_modes, put_folder, sync_all, whole_folder
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class CheckpointMixin(_Trainer):
         refuse_nonfinite_weights(self.model, str(final))
         error = self._attempt(model, trial, final)
         if error is None:
-            self._rotate(run_dir)
+            self._rotate(run_dir, final)
             return
         kept = None if is_out_of_memory(error) else self._rescue(model, trial)
         rescued = (
@@ -173,24 +172,27 @@ class CheckpointMixin(_Trainer):
         shutil.rmtree(place[0], ignore_errors=True)
         return None
 
-    def _rotate(self, run_dir: Path) -> None:
-        """Delete the oldest checkpoints beyond the limit: not the newest, and not the best."""
+    def _rotate(self, run_dir: Path, final: Path) -> None:
+        """Delete the checkpoints of the first steps beyond the limit: not `final`, nor the best.
+
+        The time of a file says nothing of its age when the clock was set back.
+        """
         limit = self.args.save_total_limit
         if not self.args.should_save or limit is None or limit <= 0:
             return
-        folders = sort_checkpoints(str(run_dir), use_mtime=True)
+        folders = list_checkpoints(run_dir)[::-1]
         best = self.state.best_model_checkpoint
-        kept = {folders[-1], *([] if best is None else [str(Path(best))])}
+        kept = {final, *([] if best is None else [Path(best)])}
         surplus = len(folders) - max(limit, len(kept))
         for folder in [one for one in folders if one not in kept][: max(surplus, 0)]:
             # Half of a checkpoint must never be found under its name.
-            gone = HiddenFolder(Path(folder))
+            gone = HiddenFolder(folder)
             try:
                 os.rename(folder, gone.path)
             except OSError as error:
                 raise TrainingError(
                     f"cannot delete the old checkpoint {folder}: {error}. The newest one is "
-                    f"complete: {folders[-1]}. Check the rights, or raise save_total_limit"
+                    f"complete: {final}. Check the rights, or raise save_total_limit"
                 ) from error
             shutil.rmtree(gone.path, ignore_errors=True)
 

@@ -23,7 +23,7 @@ from moeadapt.training.resume import (
     last_complete,
     refuse_changes,
 )
-from moeadapt.training.run_facts import changed_adapter, changed_facts, run_facts
+from moeadapt.training.run_facts import changed_adapter, changed_facts, changed_length, run_facts
 from moeadapt.training.stop_signals import StopSignals
 
 
@@ -34,7 +34,8 @@ class SafeRunMixin(CheckpointMixin):
     2. `train`: alone in its folder; resumes only from a complete checkpoint of the same run.
     3. `training_step`: a batch without labels costs nothing, memory that lacks is explained.
     4. Before each optimizer step: NaN and infinity stop the run or skip the step.
-    5. After each optimizer step: SIGTERM and SIGINT save a checkpoint and stop the run.
+    5. After each optimizer step, and at the end of an epoch: SIGTERM and SIGINT save a checkpoint
+       and stop the run.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class SafeRunMixin(CheckpointMixin):
         """Pass everything on to the trainer; see `MoETrainerMixin`."""
         self._guard = NonfiniteGuard(on_nonfinite)
         self._signals = StopSignals()
+        self._stopping = False
         self._allow_partial = allow_partial_resume
         self._facts: dict[str, Any] = {}
         self._resumed: Path | None = None
@@ -73,7 +75,7 @@ class SafeRunMixin(CheckpointMixin):
                 "columns, the masks and max_length"
             )
         self._guard = NonfiniteGuard(self._guard.policy)
-        self._told_of_no_target = False
+        self._told_of_no_target = self._stopping = False
         routers = getattr(self, "_router_options", {})
         self._facts = run_facts(self.args, rows) | {f"router_{k}": v for k, v in routers.items()}
         with self._alone(), self._signals.listen():
@@ -88,8 +90,15 @@ class SafeRunMixin(CheckpointMixin):
                 ) from error
             finally:
                 self.is_in_train = False
-        if self._signals.received is not None:
+        if self._stopping:
             raise TrainingStopped(self._farewell(), self._signals.exit_code)
+        if self._signals.received is not None:
+            # No checkpoint follows any more: only the caller can save these weights.
+            warnings.warn(
+                "a signal came when the last epoch was over: the run is complete, and train "
+                "returns as without one, so that the model is saved",
+                stacklevel=2,
+            )
         return result
 
     @contextmanager
@@ -127,6 +136,8 @@ class SafeRunMixin(CheckpointMixin):
             then = {}
         run = changed_facts(then, self._facts)
         refuse_changes(found, adapter, run, allow)
+        if length := changed_length(then, self._facts):
+            warnings.warn(f"going on from {found}: {length}", stacklevel=3)
         return Path(found)
 
     def checkpoint_facts(self) -> dict[str, Any]:
@@ -181,6 +192,15 @@ class SafeRunMixin(CheckpointMixin):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Keep the checkpoint of a stopped run: at a limit of 1 transformers leaves the best."""
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None if self._stopping else limit
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
+
     def before_optimizer_step(self) -> None:
         """Look at losses and gradients of an optimizer step of the trainer."""
         scaler: Any = self.accelerator.scaler
@@ -201,15 +221,20 @@ class SafeRunMixin(CheckpointMixin):
         """Take back what was counted in an optimizer step that is not done."""
 
     def stop_if_asked(self, control: TrainerControl) -> None:
-        """Follow a signal after an optimizer step."""
+        """Follow a signal after an optimizer step, or at the end of an epoch."""
         if self._signals.agreed(self.args.device, self.args.world_size):
-            control.should_training_stop = control.should_save = True
+            self._stopping = control.should_training_stop = control.should_save = True
             control.should_evaluate = False
 
     def end_epoch(self, control: TrainerControl) -> None:
-        """Save no second time after a signal."""
-        if self._signals.received is not None and control.should_training_stop:
+        """Save no second time after a signal; follow one that no step has seen, as after the last.
+
+        Of a run that ends here nothing may be saved yet, and its last evaluation can take long.
+        """
+        if self._stopping:
             control.should_save = control.should_evaluate = False
+        else:
+            self.stop_if_asked(control)
 
     def _last(self) -> str:
         last = last_complete(self.args.output_dir or ".")

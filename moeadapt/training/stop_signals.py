@@ -24,6 +24,7 @@ class StopSignals:
     def __init__(self) -> None:
         """Start without one."""
         self.received: int | None = None
+        self._interrupted = False
 
     @property
     def exit_code(self) -> int:
@@ -33,7 +34,7 @@ class StopSignals:
     @contextmanager
     def listen(self) -> Iterator[None]:
         """Take both signals inside the `with` block; only the main thread can."""
-        self.received = None
+        self.received, self._interrupted = None, False
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -58,8 +59,10 @@ class StopSignals:
         return self.received is not None
 
     def _handle(self, number: int, frame: Any) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        # A Ctrl-C after a SIGTERM is the first one, and another one is the second.
+        if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
+        self._interrupted |= number == signal.SIGINT
         if self.received is None:
             self.received = number
         name = signal.Signals(number).name

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from tests.faults.loading_kit import (
     SETTINGS,
     WEIGHTS,
     A,
+    edit_header,
     edit_settings,
     edit_tensors,
     fresh,
@@ -49,6 +51,9 @@ def replaced(name: str) -> Callable[[Path], Any]:
 
     return change
 
+
+VAST = {"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]}
+"""Without a number, and more than torch can count."""
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "nothing": (lambda f: (f / SETTINGS).unlink(), "files", "error", "holds neither"),
@@ -84,6 +89,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
         "numbers",
         "warning",
         "overflow",
+    ),
+    "vast": (
+        lambda f: edit_header(f, lambda h: h.update(x=VAST)),
+        "header",
+        "error",
+        "must multiply to less than",
     ),
     "pickle": (lambda f: (f / "adapter_model.bin").write_bytes(b""), "pickles", "warning", "bin"),
     "link": (outside, "links", "warning", "outside the folder"),
@@ -212,6 +223,17 @@ def test_a_loading_function_that_was_replaced_is_an_error(monkeypatch):
 
     monkeypatch.setattr(PeftModel, "load_adapter", lambda *_: None)
     assert any("replaced" in f.what and f.level == "error" for f in problems(None))
+
+
+def test_a_check_that_fails_is_an_error_and_hides_no_other(tmp_path, monkeypatch):
+    def fail(subject):
+        raise TypeError("unforeseen")
+
+    monkeypatch.setitem(CHECKS, "settings", replace(CHECKS["settings"], run=fail))
+    found = {f.check: f for f in examine(fresh(tmp_path))}
+    assert found["settings"].level == "error"
+    assert "could not be looked at: TypeError: unforeseen" in found["settings"].what
+    assert found["sha256"].level == "ok"
 
 
 def test_what_is_no_folder_is_refused(tmp_path):

@@ -13,8 +13,10 @@ from moeadapt import MoeAdaptCallback
 from moeadapt.errors import ConfigError, TrainingError
 from moeadapt.training import find_checkpoint
 from moeadapt.training.checkpoint_files import MARKER
+from moeadapt.training.run_facts import changed_facts, changed_length, run_facts
 from tests.faults.training.kit import DRIFTING, adapter, assert_same, copy_run, moe, run
 from tests.toy import toy_text
+from tests.training.kit import arguments
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,10 @@ def test_fault_085_missing_state_is_refused_unless_allowed(
     with pytest.raises(TrainingError, match=f"has no {name}.*allow_partial_resume"):
         again(folder).train(resume_from_checkpoint=True)
     partial = again(folder, fields={"allow_partial_resume": True}, max_steps=6)
-    with pytest.warns(UserWarning, match=f"has no {name}"):
+    with (
+        pytest.warns(UserWarning, match=f"has no {name}"),
+        pytest.warns(UserWarning, match="goes on with max_steps=6"),
+    ):
         partial.train(resume_from_checkpoint=True)
     assert partial.state.global_step == 6
 
@@ -153,6 +158,15 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
     "rate": ({"learning_rate": 0.5}, "learning_rate: .* -> 0.5"),
     "routers": ({"fields": {"router_learning_rate": 0.1}}, "router_learning_rate: None -> 0.1"),
     "optimizer": ({"optim": "sgd"}, "optim: 'adamw_torch.*' -> 'sgd'"),
+    "warm-up": ({"warmup_steps": 3}, "warmup_steps: 0.* -> 3"),
+    "schedule": ({"lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs: None -> {'a': 1}"),
+    "last batch": ({"dataloader_drop_last": True}, "dataloader_drop_last: False -> True"),
+    "order": (
+        {"train_sampling_strategy": "sequential"},
+        "train_sampling_strategy: 'random' -> 'sequential'",
+    ),
+    "objective": ({"completion_only_loss": False}, "completion_only_loss: None -> False"),
+    "stream": ({"rows": toy_text(6).to_iterable_dataset()}, "data_rows: 6 -> 'a stream'"),
 }
 
 
@@ -174,6 +188,52 @@ def test_fault_094_other_data_can_be_allowed(whole: tuple[Path, Any], tmp_path: 
     trainer = again(tmp_path, rows=toy_text(6, seed=1), fields=fields)
     with pytest.warns(UserWarning, match="data_sha256"):
         trainer.train(resume_from_checkpoint=str(whole[0] / "checkpoint-4"))
+
+
+def facts(name: str, folder: Path, **overrides: Any) -> dict[str, Any]:
+    """Return what a checkpoint would say of a run."""
+    return json.loads(json.dumps(run_facts(arguments(name, folder, **overrides), toy_text(2))))
+
+
+def test_fault_094_of_trl_only_what_the_loss_is_made_of_is_compared(tmp_path: Path) -> None:
+    then = facts("DPO", tmp_path)
+    other = {"beta": 0.5, "loss_type": ["ipo"], "dataset_num_proc": 2, "report_to": ["none"]}
+    assert changed_facts(then, facts("DPO", tmp_path / "new", **other, logging_steps=7)) == [
+        "beta: 0.1 -> 0.5",
+        "loss_type: ['sigmoid'] -> ['ipo']",
+    ]
+    assert changed_facts({"seed": 0}, then) == []  # of an older version
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "depends"),
+    [
+        ("linear", 0, True),
+        ("cosine", 2, True),
+        ("constant", 0.5, False),
+        ("constant_with_warmup", 2, False),
+        ("constant_with_warmup", 0.5, True),
+    ],
+)
+def test_fault_094_another_length_is_told_where_the_schedule_depends_on_it(
+    schedule: str, warmup: float, depends: bool, tmp_path: Path
+) -> None:
+    fields = {"lr_scheduler_type": schedule, "warmup_steps": warmup}
+    then = facts("SFT", tmp_path, **fields)
+    now = facts("SFT", tmp_path, **fields, max_steps=-1, num_train_epochs=9)
+    assert changed_facts(then, now) == []
+    said = changed_length(then, now)
+    assert ("started with max_steps=4 and goes on with num_train_epochs=9" in said) is depends
+    assert changed_length(then, then) == changed_length({}, now) == ""
+
+
+def test_fault_094_a_longer_run_goes_on_with_a_warning(
+    whole: tuple[Path, Any], tmp_path: Path
+) -> None:
+    longer = again(tmp_path, max_steps=6)
+    with pytest.warns(UserWarning, match="started with max_steps=5 and goes on with max_steps=6"):
+        longer.train(resume_from_checkpoint=str(whole[0] / "checkpoint-5"))
+    assert longer.state.global_step == 6
 
 
 class Hostile:

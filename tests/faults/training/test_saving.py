@@ -148,6 +148,15 @@ def test_fault_096_the_old_checkpoint_goes_after_the_new_one_is_complete(
     assert all(found)
 
 
+def test_fault_096_the_new_checkpoint_stays_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    def set_back(**kwargs: Any) -> None:
+        os.utime(tmp_path / "checkpoint-1", (4e9, 4e9))
+
+    callbacks = [At("on_save", 1, set_back)]
+    run(tmp_path, save_total_limit=1, max_steps=2, callbacks=callbacks).train()
+    assert checkpoints(tmp_path) == ["checkpoint-2"]
+
+
 def test_fault_096_a_save_that_fails_deletes_nothing(tmp_path: Path) -> None:
     trainer = run(tmp_path, save_total_limit=1)
 

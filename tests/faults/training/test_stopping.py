@@ -17,6 +17,7 @@ from moeadapt.errors import ConfigError, TrainingError, TrainingStopped
 from moeadapt.training import find_checkpoint
 from moeadapt.training.output_folder import alone_in
 from moeadapt.training.safe_run import SafeRunMixin
+from moeadapt.training.stop_signals import StopSignals
 from tests.faults.training.kit import DRIFTING, At, adapter, assert_same, hidden, moe, names, run
 from tests.tiny import saved_base
 from tests.toy import toy_text, toy_tokenizer
@@ -106,6 +107,57 @@ def test_fault_093_a_second_sigint_stops_now(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is before
     assert [n for n in names(tmp_path) if n.startswith("checkpoint")] == ["checkpoint-1"]
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("saves", ["no", "epoch", "steps"])
+def test_fault_092_a_signal_after_the_last_step_loses_no_weights(
+    saves: str, tmp_path: Path
+) -> None:
+    fields = {"eval_dataset": toy_text(2)}
+    args = {"max_steps": 3, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": saves}
+    strike = At("on_evaluate", 4, send(signal.SIGTERM))
+    stopped = run(tmp_path, fields=fields, callbacks=[strike], **args)
+    with pytest.raises(TrainingStopped, match=r"after optimizer step 3.*checkpoint-3") as caught:
+        stopped.train()
+    assert caught.value.exit_code == 143
+    resumed = run(tmp_path, fields=fields, **args)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(adapter(resumed), adapter(stopped))
+
+
+def test_fault_092_a_signal_after_the_last_epoch_leaves_the_saving_to_the_caller(
+    tmp_path: Path,
+) -> None:
+    fields = {"eval_dataset": toy_text(2)}
+    strike = At("on_evaluate", 4, send(signal.SIGTERM))
+    args = {"max_steps": 3, "eval_strategy": "epoch", "saves": False}
+    trainer = run(tmp_path, fields=fields, callbacks=[strike], **args)
+    with pytest.warns(UserWarning, match="the run is complete, and train returns"):
+        assert trainer.train().global_step == 3
+    trainer.save_model()
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_fault_092_the_checkpoint_of_a_stopped_run_stays_beside_the_best(tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    # The loss falls, so the first is the best.
+    args = {**best, "greater_is_better": True, "eval_strategy": "steps", "eval_steps": 1}
+    strike = At("on_step_begin", 3, send(signal.SIGTERM))
+    fields = {"eval_dataset": toy_text(2)}
+    trainer = run(tmp_path, fields=fields, callbacks=[strike], save_total_limit=1, **args)
+    with pytest.raises(TrainingStopped, match="checkpoint-3"):
+        trainer.train()
+    assert {"checkpoint-1", "checkpoint-3"} <= set(names(tmp_path))
+
+
+def test_fault_093_ctrl_c_twice_after_a_sigterm_stops_now() -> None:
+    signals = StopSignals()
+    with signals.listen():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.exit_code == 143
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 def recipe(folder: Path, *flags: str) -> list[str]:
