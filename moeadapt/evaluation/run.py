@@ -1,5 +1,6 @@
 """`evaluate`: rows -> a score per row, per domain and overall."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from moeadapt.evaluation.results import Evaluation, RowScore, Score
 from moeadapt.evaluation.rows import prepare
 from moeadapt.evaluation.score import score_rows
 from moeadapt.rows import Row
+from moeadapt.tuner.context import find_context
+from moeadapt.tuner.inspect import heads_of
 
 
 def evaluate(
@@ -51,6 +54,7 @@ def evaluate(
     """
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     max_length = min(max_length, positions or max_length)
+    _warn_of_looking_ahead(model)
     ready = prepare(rows, tokenizer, max_length=max_length)
     losses = score_rows(model, tokenizer, ready, batch_size=batch_size)
     exact: list[bool | None] = [None] * len(ready)
@@ -74,6 +78,18 @@ def evaluate(
         max_length=max_length,
         seed=seed,
     )
+
+
+def _warn_of_looking_ahead(model: nn.Module) -> None:
+    heads = heads_of(model) if find_context(model) else {}
+    ahead = sorted(name for name, head in heads.items() if head.router.looks_ahead)
+    if ahead:
+        warnings.warn(
+            f"router {ahead[0]!r} looks at later tokens (expert_choice, or per='sequence'), so the "
+            "loss of an answer is measured with the answer in view; compare generated answers "
+            "instead (generate=True)",
+            stacklevel=3,
+        )
 
 
 def summarise(rows: Sequence[RowScore], *, seed: int = 0) -> Score:

@@ -96,7 +96,7 @@ def collect(
     heads = {name: heads_of(peft_model)[f"{adapter}/{name}"] for name in found.names}
     layers = _layers(found.layers, heads, tokenized, len(names), permutations, seed)
     per_domain = [len(own) for own in texts.values()]
-    causal = all(head.router.causal and head.router.per == "token" for head in heads.values())
+    causal = not any(head.router.looks_ahead for head in heads.values())
     scored = sum(len(text.ids) > 1 for text in tokenized)
     return ReportData(
         title=adapter if title is None else title,

@@ -80,6 +80,11 @@ class Router(nn.Module, ABC):
         """W, the columns of a routing."""
         return self.num_experts + self.null_experts
 
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether a token's routing depends on later ones: the loss of a text then sees itself."""
+        return not self.causal or self.per != "token"
+
     def all_needs(self) -> frozenset[str]:
         """Return the fields of `TokenContext` that this router needs as it is set up."""
         return self.needs | ({"sequences"} if self.per == "sequence" else set())

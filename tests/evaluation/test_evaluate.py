@@ -200,3 +200,9 @@ def test_forgetting_leaves_a_frozen_adapter_frozen():
         parameter.requires_grad_(False)
     forgetting(model, TOKENIZER, [{"text": "w1 w2 w3"}, {"text": "w4 w5"}])
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_router_that_sees_the_answer_is_warned_of():
+    model = adapt(tiny("llama"), moe_config("block", router={"name": "top_k", "per": "sequence"}))
+    with pytest.warns(UserWarning, match="looks at later tokens"):
+        evaluate(model, TOKENIZER, [{"prompt": "w1 w2", "completion": " w3"}])
