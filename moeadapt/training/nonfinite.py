@@ -155,14 +155,15 @@ def is_without_target(inputs: Any) -> bool:
     The first token of a row is never predicted.
 
     Args:
-        inputs: of the model; False for anything without `labels` like its `input_ids` [B, S].
+        inputs: of the model; False for anything without `labels` like its `input_ids` [B, S], and
+            for no tokens at all, which the model refuses.
     """
     if not isinstance(inputs, Mapping):
         return False
     labels, ids = inputs.get("labels"), inputs.get("input_ids")
     if not isinstance(labels, Tensor) or not isinstance(ids, Tensor) or labels.shape != ids.shape:
         return False
-    return not bool((labels[..., 1:] != IGNORED).any())
+    return labels.numel() > 0 and not bool((labels[..., 1:] != IGNORED).any())
 
 
 def first_nonfinite_router(model: nn.Module, forward: Callable[[], Any]) -> str:
