@@ -125,6 +125,12 @@ class MoeLoraConfig(PeftConfig):
                     f"MoeLoraConfig: {name}={getattr(self, name)!r} must be one of "
                     f"{[kind.__name__ for kind in kinds]}"
                 )
+        words = self.auto_mapping or {}
+        if not all(isinstance(x, str | None) for pair in words.items() for x in pair):
+            raise ConfigError(
+                f"MoeLoraConfig: auto_mapping={words!r} must map names to names; leave it out, "
+                "PEFT writes it"
+            )
         try:
             super().__post_init__()
         except ValueError as error:

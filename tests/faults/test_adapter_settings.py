@@ -175,6 +175,11 @@ print(sorted(set(sys.modules) - before), "antigravity" in sys.modules)
 """
 
 
+@pytest.mark.parametrize("words", [{"": float("nan")}, {"parent_library": 1}, {"a": ["b"]}])
+def test_fault_031_a_mapping_of_names_holds_names(tmp_path, words):
+    assert_refused(edit_settings(fresh(tmp_path), auto_mapping=words), "must map names to names")
+
+
 def test_fault_039_nothing_that_a_file_names_is_imported(tmp_path):
     from tests.faults.loading_kit import shelf
 
