@@ -16,7 +16,7 @@ help:
 	@echo "make test-wheel   build the wheel, install it in a clean environment, run the demo (10 minutes)"
 	@echo "make test-lowest  a subset of the tests with the oldest versions allowed (5 minutes)"
 	@echo "make bench    speed and memory beside plain LoRA and others (25 minutes; ARGS=--quick: 3)"
-	@echo "make evidence whether routing helps: two worlds, and a real model (30 minutes on 2 cores)"
+	@echo "make evidence whether routing helps: two worlds, and a real model (about 40 minutes on 2 cores)"
 	@echo "make install  only set up .venv"
 	@echo "make slow     the tests that download or take long"
 	@echo "make format   fix what the linter can fix"
