@@ -4,6 +4,7 @@ import hashlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -103,6 +104,18 @@ class AdapterFiles:
         self.tensors.update(tensors)
         self._is_read = True
         return self.tensors
+
+
+def read_numbers(file: BinaryIO, header: Header, path: Path) -> bytearray:
+    """Return the bytes behind the header, where `file` stands.
+
+    Raises:
+        AdapterFileError: the file is not as long as it was.
+    """
+    data = bytearray(file.read(header.data_bytes))
+    if len(data) < header.data_bytes:
+        raise AdapterFileError(f"{path}: changed while it was read; try again")
+    return data
 
 
 def to_tensors(data: bytearray, header: Header) -> Iterator[tuple[str, Tensor]]:

@@ -108,8 +108,8 @@ def read_header(file: BinaryIO, path: Path) -> Header:
     if not text.startswith("{"):
         raise AdapterFileError(f"{path}: its header starts with {text[:1]!r}, not '{{'; {_AGAIN}")
     entries = load_json(text, path)
-    _check_count(len(entries), path)  # the name may have been written with escapes
     _check_metadata(entries.pop("__metadata__", {}), path)
+    _check_count(len(entries), path)  # the name may have been written with escapes
     tensors = {name: _info(name, entry, path) for name, entry in entries.items()}
     _check_places(tensors, total - 8 - size, path)
     return Header(tensors=tensors, raw=length + raw, data_bytes=total - 8 - size)
@@ -119,7 +119,7 @@ _AGAIN = "copy the adapter again from where it was saved"
 
 
 def _check_count(count: int, path: Path) -> None:
-    if count > MAX_TENSORS + 1:  # and the metadata
+    if count > MAX_TENSORS:
         raise AdapterFileError(
             f"{path}: holds {count} tensors; an adapter has at most {MAX_TENSORS}"
         )

@@ -5,7 +5,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 
-from moeadapt.adapter_format.adapter import check_values, to_tensors
+from moeadapt.adapter_format.adapter import check_values, read_numbers, to_tensors
 from moeadapt.adapter_format.files import exists, open_file
 from moeadapt.adapter_format.header import read_header
 from moeadapt.adapter_format.manifest import check_sha256, read_manifest, sha256_of
@@ -128,9 +128,7 @@ def numbers(subject: Subject) -> Iterator[Finding]:
         return
     with open_file(folder, WEIGHTS) as file:
         file.seek(len(found.raw))
-        data = bytearray(file.read(found.data_bytes))
-    if len(data) < found.data_bytes:
-        raise AdapterFileError(f"{folder / WEIGHTS}: changed while it was read; try again")
+        data = read_numbers(file, found, folder / WEIGHTS)
     for name, tensor in to_tensors(data, found):
         try:
             check_values({name: tensor}, folder / WEIGHTS)

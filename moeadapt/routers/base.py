@@ -118,6 +118,7 @@ class Router(nn.Module, ABC):
         """Return the weights that follow from `hidden @ weight.T + bias`, in few operations.
 
         For the few tokens of a decoding step, where each operation costs more than its numbers.
+        Called only where `decodes` says so, and such a router has its own.
         """
         raise NotImplementedError
 

@@ -224,7 +224,7 @@ class MoeLoraConfig(PeftConfig):
             name: loss.model_dump(mode="json") for name, loss in self.balance_configs.items()
         }
         for name in ("rank_pattern", "alpha_pattern", "experts_pattern"):
-            _check_patterns(name, getattr(self, name))
+            check_patterns(name, getattr(self, name))
         if self.target_parameters:
             raise ConfigError(
                 f"MoeLoraConfig: target_parameters={self.target_parameters!r} is not supported; "
@@ -244,18 +244,30 @@ MOST_PATTERNS = 2048
 """Keys of one field of patterns: each is matched against every target."""
 
 
-def _check_patterns(name: str, patterns: Any) -> None:
-    if isinstance(patterns, dict) and len(patterns) > MOST_PATTERNS:
+def check_patterns(name: str, patterns: Any, owner: str = "MoeLoraConfig") -> None:
+    """Refuse a table with too many patterns, or with one that is none.
+
+    Args:
+        name: of the table.
+        patterns: pattern -> value; anything else is not looked at.
+        owner: whose table it is, named first in the message.
+
+    Raises:
+        ConfigError: names the table and the pattern.
+    """
+    if not isinstance(patterns, dict):
+        return
+    if len(patterns) > MOST_PATTERNS:
         raise ConfigError(
-            f"MoeLoraConfig: {name} has {len(patterns)} patterns; at most {MOST_PATTERNS} are "
-            "matched. Put modules together by a regular expression"
+            f"{owner}: {name} has {len(patterns)} patterns; at most {MOST_PATTERNS} are matched. "
+            "Put modules together by a regular expression"
         )
-    for pattern in patterns if isinstance(patterns, dict) else ():
+    for pattern in patterns:
         try:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(
-                f"MoeLoraConfig: {name}: {pattern!r} is not a valid regular expression: {error}"
+                f"{owner}: {name}: {pattern!r} is not a valid regular expression: {error}"
             ) from None
 
 

@@ -4,7 +4,6 @@ Letters: D in, O out, r rank.
 """
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moeadapt.adapter_folder import WEIGHTS, read_settings
-from moeadapt.adapter_format.adapter import check_values, to_tensors
+from moeadapt.adapter_format.adapter import check_values, read_numbers, to_tensors
 from moeadapt.adapter_format.files import open_file
 from moeadapt.adapter_format.header import read_header
-from moeadapt.errors import AdapterFileError, ConfigError
+from moeadapt.errors import ConfigError
 from moeadapt.tuner.checks import matching
-from moeadapt.tuner.config import MOST_PATTERNS
+from moeadapt.tuner.config import check_patterns
 from moeadapt.tuner.patterns import check_keys_end
 
 
@@ -88,10 +87,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS
     with open_file(folder, WEIGHTS) as file:
         header = read_header(file, path)
-        data = bytearray(file.read(header.data_bytes))
-    if len(data) < header.data_bytes:
-        raise AdapterFileError(f"{path}: changed while it was read; try again")
-    tensors = dict(to_tensors(data, header))
+        tensors = dict(to_tensors(read_numbers(file, header, path), header))
     check_values(tensors, path)
     return tensors
 
@@ -117,18 +113,7 @@ def _alpha_pattern(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise ConfigError(f"{folder}: alpha_pattern={patterns!r} must map patterns to numbers")
-    if len(patterns) > MOST_PATTERNS:
-        raise ConfigError(
-            f"{folder}: alpha_pattern has {len(patterns)} patterns; at most {MOST_PATTERNS} are "
-            "matched"
-        )
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(
-                f"{folder}: alpha_pattern: {pattern!r} is not a valid regular expression: {error}"
-            ) from None
+    check_patterns("alpha_pattern", patterns, str(folder))
     return patterns
 
 
