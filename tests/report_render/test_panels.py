@@ -8,7 +8,7 @@ import re
 import pytest
 
 from moeadapt.report.adjust import adjusted
-from moeadapt.report.data import TrainingPoint
+from moeadapt.report.data import ColoredText, TrainingPoint
 from moeadapt.report.page import _texts
 from moeadapt.report.palette import MOST_DOMAINS, ShownExperts, short_names, shown_experts, spread
 from moeadapt.report.panels import texts
@@ -227,3 +227,21 @@ def test_a_layer_that_permutations_cannot_tell_from_chance_is_said_to_be():
         for n in domains_panel(dataclasses.replace(data, layers=layers)).notes
     )
     assert not any("none of them alone" in note for note in domains_panel(data).notes)
+
+
+def test_a_tip_says_that_it_may_leave_experts_out():
+    def notes(slots: int, experts: int) -> list[str]:
+        text = ColoredText(
+            domain="a",
+            tokens=["x"],
+            experts=[[list(range(slots))]],
+            weights=[[[1 / slots] * slots]],
+        )
+        return list(
+            texts.texts_panel(
+                dataclasses.replace(sample(experts=experts, layers=1), texts=[text])
+            ).notes
+        )
+
+    assert any("at most 8 experts" in note for note in notes(8, 12))
+    assert not any("at most 8" in note for note in [*notes(8, 8), *notes(2, 12)])

@@ -36,8 +36,10 @@ def texts_panel(data: ReportData) -> Panel:
         notes.append(f"Each text is shown up to its token {length}.")
     if experts.has_other:
         notes.append(f"{experts.note} Tokens of the others are grey; their tip names them.")
-    if any(len(own) > MOST_SLOTS for text in texts for layer in text.experts for own in layer):
-        notes.append(f"A tip names the {MOST_SLOTS} experts of the largest weights.")
+    # The data itself holds no more of them, so a token that has as many may use others.
+    full = any(len(own) >= MOST_SLOTS for text in texts for layer in text.experts for own in layer)
+    if full and data.num_experts > MOST_SLOTS:
+        notes.append(f"A tip names at most {MOST_SLOTS} experts, those of the largest weights.")
     start = len(layers) // 2
     return Panel(
         key=key,
