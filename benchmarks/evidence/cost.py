@@ -20,7 +20,7 @@ from benchmarks.speed.measure import in_turns, peak_bytes
 from moeadapt.demo.arms import batch_of
 
 BASELINE = "lora_total"
-ROUNDS, DECODED = 3, 8
+ROUNDS, DECODED = 5, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class Cost:
         file_size: of the saved weights, bytes.
         step_seconds: median time of a forward and a backward.
         step_ratio: the same over that of the baseline, median over the turns.
+        step_ratio_low: the least of those ratios.
+        step_ratio_high: the largest.
         peak_memory: most bytes of tensors alive at once in a step, what existed before left out.
         generated: tokens decoded per second, greedy, one sequence.
         decode_ratio: time of a decoded token over that of the baseline.
@@ -45,6 +47,8 @@ class Cost:
     file_size: int
     step_seconds: float
     step_ratio: float
+    step_ratio_low: float
+    step_ratio_high: float
     peak_memory: int
     generated: float
     decode_ratio: float
@@ -88,6 +92,7 @@ def measure(
         decoding = in_turns(decodes, rounds, device.type)
     finally:
         torch.set_num_threads(threads)
+    ratios = {arm: _ratios(own, seconds[BASELINE]) for arm, own in seconds.items()}
     return {
         arm: Cost(
             parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -95,10 +100,12 @@ def measure(
             num_experts=sizes.experts if not arm.startswith("lora") else 1,
             file_size=_saved_bytes(model),
             step_seconds=statistics.median(seconds[arm]),
-            step_ratio=_ratio(seconds[arm], seconds[BASELINE]),
+            step_ratio=statistics.median(ratios[arm]),
+            step_ratio_low=min(ratios[arm]),
+            step_ratio_high=max(ratios[arm]),
             peak_memory=peaks[arm],
             generated=DECODED / statistics.median(decoding[arm]),
-            decode_ratio=_ratio(decoding[arm], decoding[BASELINE]),
+            decode_ratio=statistics.median(_ratios(decoding[arm], decoding[BASELINE])),
         )
         for arm, model in models.items()
     }
@@ -114,8 +121,8 @@ def of_experts(model: Any, sizes: Sizes) -> int:
     return total
 
 
-def _ratio(own: list[float], other: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(own, other, strict=True))
+def _ratios(own: list[float], other: list[float]) -> list[float]:
+    return [a / b for a, b in zip(own, other, strict=True)]
 
 
 def _step(model: Any, inputs: dict[str, Any]) -> None:

@@ -30,44 +30,47 @@ def available() -> list[str]:
 
 
 def load(
-    domains: Sequence[str], *, train: int, test: int, longest: int, seed: int
+    domains: Sequence[str], *, train: int, validation: int, test: int, longest: int, seed: int
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """Return training, validation and test rows, all domains in turn.
 
     Args:
         domains: names out of `available()`.
         train: training rows of each.
-        test: held-out rows of each, for validation and as many for the test.
+        validation: held-out rows of each, to choose the learning rate by.
+        test: further held-out rows of each.
         longest: characters of prompt and answer together; longer rows are left out.
         seed: which training rows; the held-out rows are the same for every seed.
     """
     parts: list[list[list[Row]]] = [[], [], []]
+    needed = validation + test
     for name in domains:
-        pairs = _of_task(name, train, test, seed) if name in TASKS else _of_package(name, seed)
+        pairs = _of_task(name, train, needed, seed) if name in TASKS else _of_package(name, seed)
         short = [[row for row in rows if _length(row) <= longest] for rows in pairs]
-        if len(short[0]) < train or len(short[1]) < 2 * test:
+        if len(short[0]) < train or len(short[1]) < needed:
             raise SystemExit(
                 f"{name} has {len(short[0])} training and {len(short[1])} held-out rows of up to "
-                f"{longest} characters; {train} and {2 * test} were asked for"
+                f"{longest} characters; {train} and {needed} were asked for"
             )
-        rows, held_out = short[0][:train], short[1][: 2 * test]
-        for part, own in zip(parts, (rows, held_out[:test], held_out[test:]), strict=True):
-            part.append(own)
-    train_rows, validation, test_rows = (
+        held_out = short[1]
+        own = short[0][:train], held_out[:validation], held_out[validation:needed]
+        for part, rows in zip(parts, own, strict=True):
+            part.append(rows)
+    first, second, third = (
         [row for turn in zip(*part, strict=True) for row in turn] for part in parts
     )
-    return train_rows, validation, test_rows
+    return first, second, third
 
 
 def _length(row: Row) -> int:
     return len(row["prompt"]) + len(row["completion"])
 
 
-def _of_task(name: str, train: int, test: int, seed: int) -> tuple[list[Row], list[Row]]:
+def _of_task(name: str, train: int, held: int, seed: int) -> tuple[list[Row], list[Row]]:
     """Return more rows than asked for, since long ones will be left out, as far as there are."""
     for spare in (16, 8, 4, 2, 1):
         try:
-            held_out = load_task(name, train=0, test=2 * test * spare, seed=0).test
+            held_out = load_task(name, train=0, test=held * spare, seed=0).test
             return load_task(name, train=train * spare, test=0, seed=seed).train, held_out
         except ConfigError:
             continue

@@ -33,6 +33,7 @@ class Run:
         seed: of the data's order, the adapter's start and the router.
         validation: mean loss of the validation answers, nats per token.
         curve: loss of each training step.
+        seconds: of training.
         model: what was trained; None once it has been tested.
         losses: test loss of each domain, nats per token.
         experts: in use per token, averaged over the tokens and routers; 0 without a router.
@@ -45,6 +46,7 @@ class Run:
     seed: int
     validation: float
     curve: list[float]
+    seconds: float
     model: Any
     losses: dict[str, float] = field(default_factory=dict)
     experts: float = 0.0
@@ -54,6 +56,11 @@ class Run:
     def test(self) -> float:
         """Mean over the domains."""
         return sum(self.losses.values()) / len(self.losses)
+
+    @property
+    def train_loss(self) -> float:
+        """Mean over the last quarter of the steps."""
+        return statistics.fmean(self.curve[-max(len(self.curve) // 4, 1) :])
 
 
 def batches(rows: Sequence[Row], size: int, steps: int, seed: int) -> Iterator[list[Row]]:

@@ -1,12 +1,12 @@
-"""The search for an arm's learning rate, by validation loss: a walk on a grid, then a final."""
+"""The search for the learning rate of an arm: a walk on a grid, by loss over several seeds."""
 
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Protocol, TypeVar
 
-FINALISTS = 2
-"""Rates that are run with every seed: one seed alone may like a rate at which others diverge."""
+GIVE_UP = 0.3
+"""A rate so much worse over the seeds run so far, in nats, is not run with the others."""
 
 
 class Scored(Protocol):
@@ -18,51 +18,51 @@ class Scored(Protocol):
 T = TypeVar("T", bound=Scored)
 
 
-def climb(run: Callable[[float], T], rates: Sequence[float]) -> dict[float, T]:
-    """Return the run of each rate that was tried.
-
-    Starts with the two rates in the middle and goes to the better side. The rates beside the best
-    one have both been tried and are worse, unless it is the first or the last.
-
-    Args:
-        run: trains and validates at a rate.
-        rates: in rising order, at least one.
-    """
-    at = (len(rates) - 1) // 2
-    runs = {rates[at]: run(rates[at])}
-    for side in (1, -1):
-        while 0 <= at + side < len(rates) and rates[at + side] not in runs:
-            other = runs[rates[at + side]] = run(rates[at + side])
-            # A NaN is never better.
-            if not other.validation < runs[rates[at]].validation:
-                break
-            at += side
-    return runs
-
-
 def choose_rate(
-    run: Callable[[float, int], T], rates: Sequence[float], seeds: int
+    run: Callable[[float, int], T], rates: Sequence[float], seeds: int, searched: int | None = None
 ) -> tuple[list[T], dict[float, list[float]]]:
     """Return a run of each seed at the best rate, and the validation losses of each rate tried.
 
-    The first seed climbs; the best `FINALISTS` are run with all seeds, and the lowest mean wins.
+    Starts in the middle and goes to the better side, until the rates on both sides of the best one
+    are worse or there are none. One seed alone may like a rate at which others diverge: rates are
+    compared over the same seeds. A loss that is not finite is never better.
 
     Args:
         run: trains and validates at a rate with a seed.
         rates: in rising order, at least one.
         seeds: how many, counted from 0.
+        searched: the first so many choose the rate; all if left out.
     """
-    climbed = climb(lambda rate: run(rate, 0), rates)
-    tried = {rate: [one.validation] for rate, one in climbed.items()}
-    order = sorted(tried, key=lambda rate: _or_infinite(tried[rate][0]))
-    final = {rate: [climbed[rate]] for rate in order[:FINALISTS]}
-    del climbed  # the models of the others are not needed any more
-    for rate, runs in final.items():
-        runs += [run(rate, seed) for seed in range(1, seeds)]
-        tried[rate] = [one.validation for one in runs]
-    best = min(final, key=lambda rate: _or_infinite(fmean(tried[rate])))
-    return final[best], tried
+    searched = seeds if searched is None else min(searched, seeds)
+    at = (len(rates) - 1) // 2
+    best = [run(rates[at], seed) for seed in range(searched)]
+    tried = {rates[at]: [one.validation for one in best]}
+    for side in (1, -1):
+        while 0 <= at + side < len(rates) and rates[at + side] not in tried:
+            rate = rates[at + side]
+            other = _race(run, rate, tried[rates[at]])
+            tried[rate] = [one.validation for one in other]
+            known = _mean(tried[rates[at]][: len(other)])
+            if _mean(tried[rate]) >= known and math.isfinite(known):
+                break
+            at, best = at + side, other
+    rate = rates[at]
+    best += [run(rate, seed) for seed in range(len(best), seeds)]
+    tried[rate] = [one.validation for one in best]
+    return best, tried
 
 
-def _or_infinite(loss: float) -> float:
-    return math.inf if math.isnan(loss) else loss
+def _race(run: Callable[[float, int], T], rate: float, known: Sequence[float]) -> list[T]:
+    """Run the seeds of `known`, the losses to beat, until it is plain that they are not beaten."""
+    found: list[T] = []
+    for seed in range(len(known)):
+        found.append(run(rate, seed))
+        own = _mean([one.validation for one in found])
+        if own > _mean(known[: seed + 1]) + GIVE_UP:
+            break
+    return found
+
+
+def _mean(losses: Sequence[float]) -> float:
+    mean = fmean(losses)
+    return mean if math.isfinite(mean) else math.inf
