@@ -47,7 +47,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def of_seeds(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """Return the columns of a number that every seed has: mean, standard error, each one."""
+    """Return the columns of a number: mean, standard error, that of each seed; empty if NaN."""
     if any(math.isnan(value) for value in values):
         return dict.fromkeys((name, f"{name}_se", f"{name}_by_seed"), "")
     middle, error = mean_and_error(values)
@@ -56,6 +56,12 @@ def of_seeds(name: str, values: Sequence[float]) -> dict[str, Any]:
         f"{name}_se": round(error, 4),
         f"{name}_by_seed": " ".join(f"{value:.4f}" for value in values),
     }
+
+
+def of_rates(tried: Mapping[float, Sequence[float]]) -> str:
+    """Return `rate:mean validation loss@seeds` of every learning rate tried."""
+    each = (f"{rate}:{statistics.fmean(tried[rate]):.4f}@{len(tried[rate])}" for rate in tried)
+    return " ".join(sorted(each, key=lambda text: float(text.partition(":")[0])))
 
 
 def of_arm(
@@ -96,10 +102,7 @@ def of_arm(
         "decode_tokens_per_second": round(costs.generated, 1),
         "decode_time_ratio": round(costs.decode_ratio, 3),
         "learning_rate": one.rate,
-        "rates_tried": " ".join(
-            f"{rate}:{statistics.fmean(tried[rate]):.3f}@{len(tried[rate])}"
-            for rate in sorted(tried)
-        ),
+        "rates_tried": of_rates(tried),
         "seeds": len(found),
         **vars(setting),
     }

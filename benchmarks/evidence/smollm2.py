@@ -129,7 +129,7 @@ class Bench:
 
     def load(self) -> Any:
         """Return a fresh base in float32."""
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
         return model.to(self.device)
 
     def run(self, arm: str, rate: float, seed: int) -> runs.Run:

@@ -6,13 +6,16 @@ from statistics import fmean
 from typing import Protocol, TypeVar
 
 GIVE_UP = 0.3
-"""A rate so much worse over the seeds run so far, in nats, is not run with the others."""
+"""A rate whose loss is so much larger over the seeds run so far is not run with the others."""
 
 
 class Scored(Protocol):
     """Anything with a validation loss."""
 
-    validation: float
+    @property
+    def validation(self) -> float:
+        """The loss."""
+        ...
 
 
 T = TypeVar("T", bound=Scored)

@@ -1,7 +1,7 @@
 """Adapters in two worlds with a known optimum: `python -m benchmarks.evidence.two_worlds`.
 
-Every arm adapts the same frozen linear map, through PEFT. The learning rate is swept for each arm
-and chosen on validation data; the errors are over seeds, each with a world of its own.
+Every arm adapts the same frozen linear map, through PEFT. The learning rate of each arm is searched
+on validation data, see `sweep.py`; the errors are over seeds, each with a world of its own.
 
 Letters: K domains, r rank of one domain's map.
 """
@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from torch.nn import functional as F
 
 import moeadapt
 from benchmarks.common import append_csv, where
+from benchmarks.evidence.rows import of_rates, of_seeds
+from benchmarks.evidence.sweep import choose_rate
 from benchmarks.evidence.worlds import D, K, Kind, O, World, r
 from moeadapt import MoeLoraConfig
 
@@ -33,6 +35,8 @@ CSV = Path("benchmarks/results/two_worlds.csv")
 BATCH, HELD_OUT = 256, 4000
 VALIDATION, TEST = 1, 2
 """Seeds of the held-out samples; training uses those from 3 on."""
+
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 PLAIN = {"lora_kr": K * r, "lora_r": r, "lora_params": K * r + K * D // (D + O)}
 """Equal total rank first, equal active rank, and as many parameters as a mixture has."""
@@ -85,8 +89,23 @@ def error(model: nn.Module, arm: str, world: World, seed: int) -> float:
         return float((model(x) - y).square().sum() / y.square().sum())
 
 
-def train(arm: str, world: World, rate: float, steps: int) -> tuple[float, float]:
-    """Train one adapter; return its error on validation and on test data."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Errors of one trained adapter on held-out data.
+
+    Attributes:
+        rate: learning rate.
+        validation: error that the rate is chosen by.
+        test: error that is reported.
+    """
+
+    rate: float
+    validation: float
+    test: float
+
+
+def train(arm: str, world: World, rate: float, steps: int) -> Run:
+    """Train one adapter."""
     torch.manual_seed(world.seed)
     model = make(arm).train()
     if arm in MIXTURES:
@@ -102,52 +121,28 @@ def train(arm: str, world: World, rate: float, steps: int) -> tuple[float, float
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    return error(model, arm, world, VALIDATION), error(model, arm, world, TEST)
+    validation, test = (error(model, arm, world, seed) for seed in (VALIDATION, TEST))
+    return Run(rate=rate, validation=validation, test=test)
 
 
-@dataclass(frozen=True)
-class Result:
-    """One arm in one world: test errors per seed at the chosen learning rate."""
-
-    kind: Kind
-    arm: str
-    rate: float
-    errors: list[float]
-    bounds: list[float]
-    parameters: int
-    seconds: float
-
-    def row(self) -> dict[str, Any]:
-        """Return it for the CSV file."""
-        spread = statistics.stdev(self.errors) / len(self.errors) ** 0.5
-        return {
-            "world": self.kind,
-            "arm": self.arm,
-            "error": round(statistics.mean(self.errors), 4),
-            "error_se": round(spread, 4),
-            "static_bound": round(statistics.mean(self.bounds), 4),
-            "learning_rate": self.rate,
-            "seeds": len(self.errors),
-            "parameters": self.parameters,
-            "seconds": round(self.seconds, 1),
-        }
-
-
-def measure(kind: Kind, arm: str, rates: list[float], seeds: int, steps: int) -> Result:
-    """Sweep the learning rate; keep the one with the lowest mean validation error."""
+def measure(kind: Kind, arm: str, rates: Sequence[float], seeds: int, steps: int) -> dict[str, Any]:
+    """Return the row of one arm in one world, at the rate of the lowest mean validation error."""
     start = time.perf_counter()
     worlds = [World.draw(kind, seed) for seed in range(seeds)]
-    runs = {rate: [train(arm, world, rate, steps) for world in worlds] for rate in rates}
-    best = min(rates, key=lambda rate: sum(validation for validation, _ in runs[rate]))
-    return Result(
-        kind=kind,
-        arm=arm,
-        rate=best,
-        errors=[test for _, test in runs[best]],
-        bounds=[world.bound for world in worlds],
-        parameters=sum(p.numel() for p in make(arm).parameters() if p.requires_grad),
-        seconds=time.perf_counter() - start,
+    found, tried = choose_rate(
+        lambda rate, seed: train(arm, worlds[seed], rate, steps), sorted(rates), seeds
     )
+    return {
+        "world": kind,
+        "arm": arm,
+        **of_seeds("error", [run.test for run in found]),
+        "static_bound": round(statistics.mean(world.bound for world in worlds), 4),
+        "learning_rate": found[0].rate,
+        "rates_tried": of_rates(tried),
+        "seeds": seeds,
+        "parameters": sum(p.numel() for p in make(arm).parameters() if p.requires_grad),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
@@ -169,7 +164,7 @@ def main(arguments: list[str] | None = None, progress: Callable[[str], None] | N
     parser = argparse.ArgumentParser(prog="two_worlds", description=__doc__)
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--no-csv", action="store_true")
@@ -183,7 +178,7 @@ def main(arguments: list[str] | None = None, progress: Callable[[str], None] | N
     for kind in get_args(Kind):
         for arm in args.arms:
             say(f"{kind}: {arm}")
-            rows.append(measure(kind, arm, args.rates, args.seeds, args.steps).row())
+            rows.append(measure(kind, arm, args.rates, args.seeds, args.steps))
     place = where("cpu")
     print("  ".join(f"{name}: {value}" for name, value in place.items()))
     show(rows, Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120))

@@ -1,7 +1,6 @@
 """Evidence on a real model: equal data for every arm, correct scores, a page that tells losses."""
 
 import json
-from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,9 @@ from torch.testing import assert_close
 
 import moeadapt
 from benchmarks.common import append_csv
-from benchmarks.evidence import arms, cost, domains, page, runs, smollm2
+from benchmarks.evidence import arms, compare, cost, domains, page, rows, runs, smollm2
 from benchmarks.evidence.arms import ARMS, Sizes
-from benchmarks.evidence.sweep import choose_rate, climb
+from benchmarks.evidence.sweep import choose_rate
 from tests.tiny import tiny
 
 SIZES = Sizes(experts=4, rank=4, k=2)
@@ -87,57 +86,73 @@ def test_rows_of_a_package_are_held_out_by_their_prompt(tmp_path, monkeypatch):
         (folder / f"{n}.json").write_text(json.dumps({"licenseText": text}))
     monkeypatch.setitem(domains.FILES, "license", folder)
     found = [
-        domains.load(["license"], train=20, test=5, longest=10_000, seed=seed) for seed in (0, 1)
+        domains.load(["license"], train=20, validation=4, test=5, longest=10_000, seed=seed)
+        for seed in (0, 1)
     ]
     prompts = [[{row["prompt"] for row in part} for part in parts] for parts in found]
     assert prompts[0][0] != prompts[1][0]
     assert prompts[0][1:] == prompts[1][1:]
     for parts in prompts:
-        assert [len(part) for part in parts] == [20, 5, 5]
+        assert [len(part) for part in parts] == [20, 4, 5]
     assert not (prompts[0][0] | prompts[1][0]) & (prompts[0][1] | prompts[0][2])
     assert not prompts[0][1] & prompts[0][2]
 
 
 def test_too_few_rows_end_with_the_numbers():
     with pytest.raises(SystemExit, match="pronounce has .* were asked for"):
-        domains.load(["pronounce"], train=10, test=1, longest=3, seed=0)
+        domains.load(["pronounce"], train=10, validation=1, test=1, longest=3, seed=0)
 
 
-def row(arm: str, value: float, error: float) -> dict[str, str]:
-    own = {"error": str(value), "error_se": str(error), "seeds": "3", "steps": "1"}
-    return {"world": "conflict", "arm": arm, **own}
+def row(arm: str, *errors: float) -> dict[str, str]:
+    own = {name: str(value) for name, value in rows.of_seeds("error", errors).items()}
+    return {"world": "conflict", "arm": arm, **own, "seeds": str(len(errors)), "steps": "1"}
 
 
 def test_the_page_says_who_loses():
-    base = row("lora_kr", 1.0, 0.1)
-    assert page.compared(base, base, "error") == "the baseline"
-    assert page.compared(row("mixture_k2", 1.5, 0.1), base, "error") == "loses (+0.500)"
-    assert page.compared(row("mixture_k2", 0.5, 0.1), base, "error") == "wins (-0.500)"
-    assert page.compared(row("mixture_k2", 1.2, 0.1), base, "error").startswith("within noise")
-    # More than two standard errors, but of three seeds each.
-    assert page.compared(row("mixture_k2", 1.35, 0.1), base, "error").startswith("within noise")
+    base = row("lora_kr", 1.0, 2.0, 3.0)
+    assert compare.compared(base, base, "error") == "the baseline"
+    # The seeds differ much, the two arms by nearly the same with each: error 0.0577.
+    for sign, word in ((1, "loses"), (-1, "wins")):
+        other = row("mixture_k2", 1.0 + 0.4 * sign, 2.0 + 0.5 * sign, 3.0 + 0.6 * sign)
+        told = f"{word} ({0.5 * sign:+.3f} ± 0.058)"
+        assert compare.compared(other, base, "error") == told
+    # Student's t of two degrees of freedom is 4.303: more than four standard errors are not enough.
+    close = row("mixture_k2", 1.148, 2.248, 3.348)
+    assert compare.compared(close, base, "error") == "within noise (+0.248 ± 0.058)"
+    assert compare.compared(row("mixture_k2", 1.0, 2.0, 3.0), base, "error") == (
+        "within noise (+0.000 ± 0.000)"
+    )
 
 
-def test_differences_in_pairs_are_judged_by_their_own_error():
-    base = {**row("lora_total", 1.0, 0.3), "gap": "0.0", "gap_se": "0.0"}
-    worse = {**base, "gap": "0.5", "gap_se": "0.1"}
-    assert page.paired(base, base) == "the baseline"
-    # Student's t of two degrees of freedom is 4.303.
-    assert page.paired(worse, base) == "loses (+0.500 ± 0.100)"
-    assert page.paired({**worse, "gap": "-0.5"}, base) == "wins (-0.500 ± 0.100)"
-    assert page.paired({**worse, "gap": "0.42"}, base) == "within noise (+0.420 ± 0.100)"
+def test_quantiles_are_those_of_student():
+    for freedom, value in enumerate(compare.STUDENT, 1):
+        assert compare.student(freedom) == value
+        # Half of what its density leaves inside, without the factor that makes the whole 1.
+        at = torch.linspace(0, value, 200_001, dtype=torch.float64)
+        inside = torch.trapezoid((1 + at**2 / freedom) ** (-(freedom + 1) / 2), at)
+        n = torch.tensor(float(freedom), dtype=torch.float64)
+        factor = torch.exp(torch.lgamma((n + 1) / 2) - torch.lgamma(n / 2)) / (n * torch.pi) ** 0.5
+        assert_close(float(factor * inside), 0.475, atol=2e-5, rtol=0)
+    assert compare.student(100) == compare.STUDENT[-1]
 
 
-def test_differences_of_three_seeds_are_rarely_called_real_where_there_is_none():
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_differences_are_rarely_called_real_where_there_is_none(seeds):
     generator, wrong, turns = torch.Generator().manual_seed(0), 0, 2000
     for _ in range(turns):
-        draws = torch.randn(2, 3, generator=generator)
-        rows = [
-            row(n, d.mean().item(), d.std().item() / 3**0.5)
-            for n, d in zip("ab", draws, strict=True)
-        ]
-        wrong += "noise" not in page.compared(rows[0], rows[1], "error")
-    assert wrong / turns < 0.05
+        draws = torch.randn(2, seeds, generator=generator) + torch.arange(seeds)
+        arms_ = [row(name, *own.tolist()) for name, own in zip("ab", draws, strict=True)]
+        wrong += "noise" not in compare.compared(arms_[0], arms_[1], "error")
+    assert 0.035 < wrong / turns < 0.065
+
+
+def test_a_number_that_an_arm_does_not_have_is_empty():
+    assert set(rows.of_seeds("forgetting", [float("nan")] * 2).values()) == {""}
+    assert compare.measured({"forgetting": "", "forgetting_se": ""}, "forgetting") == ""
+
+
+def test_rates_are_told_in_rising_order():
+    assert rows.of_rates({0.01: [2.0, 3.0], 0.001: [4.0]}) == "0.001:4.0000@1 0.01:2.5000@2"
 
 
 def test_a_file_of_another_kind_is_refused_before_anything_is_measured(tmp_path):
@@ -146,37 +161,35 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_measured(tmp_path)
         smollm2.main(["--results", str(tmp_path)])
 
 
-def test_the_columns_are_known_before(tmp_path):
-    run = smollm2.runs.Run(
-        arm="mixture_block", rate=0.1, seed=0, validation=1.0, curve=[], model=None,
-        losses={"python": 2.0},
-    )  # fmt: skip
-    numbers = dict.fromkeys((field.name for field in fields(cost.Cost)), 1)
-    row = smollm2.row_of([run, run], [run, run], {0.1: [1.0]}, smollm2.SMALL, cost.Cost(**numbers))
-    assert [*row, "device"] == smollm2.columns(["python"], {"device": "cpu"})
+def test_the_columns_are_known_before_and_are_those_of_the_committed_file():
+    names = ["pronounce", "math_word", "python", "wordnet", "license"]
+    found = smollm2.columns(names, smollm2.place_of("cpu"))
+    header = (page.RESULTS / "smollm2.csv").read_text().partition("\n")[0]
+    assert header.split(",") == found
+    # Those of PEFT's method comparison that a loss without an accelerator has.
+    assert set(found) >= {
+        "experiment_name", "model_id", "peft_type", "total_time", "train_time", "train_loss",
+        "accelerator_memory_max", "file_size", "num_trainable_params", "forgetting", "task_name",
+        "peft_version", "transformers_version", "torch_version", "created_at",
+    }  # fmt: skip
 
 
-def test_rows_of_different_runs_are_not_mixed(tmp_path):
+@pytest.mark.parametrize("name", ["steps", "seeds", "device", "batch", "test_rows"])
+def test_rows_of_different_runs_are_not_mixed(tmp_path, name):
     path = tmp_path / "two_worlds.csv"
-    append_csv(path, [row("lora_kr", 1.0, 0.1)])
-    append_csv(path, [{**row("mixture_k2", 1.0, 0.1), "steps": "2"}])
-    with pytest.raises(SystemExit, match="different steps and seeds"):
-        page.read(path, ("world", "arm"))
+    first = {**row("lora_kr", 1.0, 1.1), "device": "one", "batch": "4", "test_rows": "6"}
+    append_csv(path, [first])
+    append_csv(path, [{**first, "arm": "mixture_k2"}])
+    assert len(compare.read(path, ("world", "arm"))) == 2
+    append_csv(path, [{**first, "arm": "mixture_k1", name: "9"}])
+    with pytest.raises(SystemExit, match=f"mixes runs of different {name}"):
+        compare.read(path, ("world", "arm"))
 
 
 def test_a_page_without_its_baseline_says_so(tmp_path):
-    append_csv(
-        tmp_path / "two_worlds.csv",
-        [
-            {
-                **row("mixture_k2", 1.0, 0.1),
-                "static_bound": "1",
-                **dict.fromkeys(
-                    ("device", "threads", "torch", "transformers", "peft", "commit"), "x"
-                ),
-            }
-        ],
-    )
+    place = ("device", "threads", "torch", "transformers", "peft", "commit")
+    one = {**row("mixture_k2", 1.0, 1.1), "static_bound": "1", **dict.fromkeys(place, "x")}
+    append_csv(tmp_path / "two_worlds.csv", [one])
     with pytest.raises(SystemExit, match="no row of lora_kr"):
         page.page(tmp_path)
 
@@ -185,41 +198,47 @@ def test_the_committed_page_is_that_of_the_committed_results():
     assert page.PAGE.read_text() == page.page(page.RESULTS)
 
 
+class Search:
+    """Runs of which only the validation loss is known: `loss(rate, seed)`."""
+
+    def __init__(self, loss):
+        self.loss, self.seen = loss, []
+
+    def __call__(self, rate: float, seed: int) -> SimpleNamespace:
+        self.seen.append((rate, seed))
+        return SimpleNamespace(rate=rate, seed=seed, validation=self.loss(rate, seed))
+
+
 @pytest.mark.parametrize("best", [0, 1, 2, 3, 4, 5])
 def test_the_rate_is_searched_until_both_sides_are_worse(best):
-    tried = []
-
-    def run(rate: float) -> SimpleNamespace:
-        tried.append(rate)
-        # The largest rate diverges.
-        return SimpleNamespace(
-            rate=rate, validation=abs(rate - best) if rate < 5 or best == 5 else torch.nan
-        )
-
-    found = climb(run, range(6))
-    lowest = min((one for one in found.values()), key=lambda one: (one.validation, one.rate))
-    assert lowest.rate == best
-    assert set(found) == set(tried)
-    assert len(tried) == len(set(tried))
+    # The largest rate diverges.
+    run = Search(lambda rate, _: abs(rate - best) if rate < 5 or best == 5 else torch.nan)
+    found, tried = choose_rate(run, range(6), seeds=3, searched=2)
+    assert [(one.rate, one.seed) for one in found] == [(best, 0), (best, 1), (best, 2)]
     assert {max(best - 1, 0), min(best + 1, 5)} <= set(tried)
+    assert len(run.seen) == len(set(run.seen))
 
 
 def test_a_rate_that_one_seed_alone_likes_is_not_chosen():
-    def run(rate: float, seed: int) -> SimpleNamespace:
-        # The larger rate is the better one for the first seed; another one diverges.
-        losses = {1.0: (2.0, 2.0, 2.0), 2.0: (1.9, 9.0, 2.0), 3.0: (2.5, 2.5, 2.5)}
-        return SimpleNamespace(rate=rate, seed=seed, validation=losses[rate][seed])
-
-    found, tried = choose_rate(run, (1.0, 2.0, 3.0), 3)
-    assert [(one.rate, one.seed) for one in found] == [(1.0, 0), (1.0, 1), (1.0, 2)]
-    assert tried == {1.0: [2.0] * 3, 2.0: [1.9, 9.0, 2.0], 3.0: [2.5]}
+    # The larger rate is the better one for the first seed; another one diverges.
+    losses = {1.0: (2.5, 2.5, 2.5), 2.0: (2.0, 2.0, 2.0), 3.0: (1.9, 9.0, 2.0)}
+    found, tried = choose_rate(Search(lambda rate, seed: losses[rate][seed]), (1.0, 2.0, 3.0), 3)
+    assert [(one.rate, one.seed) for one in found] == [(2.0, 0), (2.0, 1), (2.0, 2)]
+    # A rate is given up as soon as it is plain that it is worse.
+    assert tried == {1.0: [2.5], 2.0: [2.0] * 3, 3.0: [1.9, 9.0]}
 
 
-def test_a_run_that_diverges_never_wins():
-    def run(rate: float, seed: int) -> SimpleNamespace:
-        return SimpleNamespace(validation=torch.nan if rate > 1 or seed == 2 else 5.0, rate=rate)
+def test_a_rate_that_is_a_little_worse_is_run_with_every_seed():
+    losses = {1.0: (2.2, 2.2, 1.0), 2.0: (2.0, 2.0, 2.0)}
+    found, tried = choose_rate(Search(lambda rate, seed: losses[rate][seed]), (1.0, 2.0), 3)
+    assert [one.rate for one in found] == [1.0] * 3
+    assert tried[2.0] == [2.0] * 3
 
-    found, _ = choose_rate(run, (1.0, 2.0), 2)
+
+@pytest.mark.parametrize("diverging", [(3.0,), (2.0, 3.0), (2.0, 3.0, 4.0, 5.0)])
+def test_a_run_that_diverges_never_wins(diverging):
+    run = Search(lambda rate, _: torch.nan if rate in diverging else rate)
+    found, _ = choose_rate(run, (1.0, 2.0, 3.0, 4.0, 5.0), 2)
     assert [one.rate for one in found] == [1.0, 1.0]
 
 
@@ -237,8 +256,12 @@ def test_parameters_of_experts_are_told_from_shared_ones():
 
 def test_active_parameters_leave_out_the_experts_that_a_token_does_not_use():
     numbers = dict.fromkeys(
-        ("file_size", "step_seconds", "step_ratio", "peak_memory", "generated", "decode_ratio"), 0
-    )
+        (
+            "file_size", "step_seconds", "step_ratio", "step_ratio_low", "step_ratio_high",
+            "peak_memory", "generated", "decode_ratio",
+        ),
+        0,
+    )  # fmt: skip
     one = cost.Cost(parameters=110, of_experts=80, num_experts=4, **numbers)
     assert one.active_parameters(2.0) == 70
     assert one.active_parameters(4.0) == 110

@@ -42,7 +42,7 @@ def test_routing_by_domain_gets_below_what_no_static_adapter_can():
     world = World.draw("conflict", 0)
     found = {}
     for arm in ("oracle_routing", "lora_kr"):
-        _, found[arm] = two_worlds.train(arm, world, 3e-2, 120)
+        found[arm] = two_worlds.train(arm, world, 3e-2, 120).test
     assert found["oracle_routing"] < 0.6 * world.bound
     assert found["lora_kr"] > 0.95 * world.bound
 
