@@ -45,7 +45,7 @@ evidence-page: install
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -o addopts="--strict-markers --import-mode=importlib" -m "compile and not gpu" $$(grep -rl --include="test_*.py" "mark.compile" tests)
 
 test-all: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --all-cases

@@ -34,12 +34,15 @@ class LayerContributions:
         logprob_change: of the token that follows, in nats, when the expert's weight is 0 for all
             tokens of this layer; below 0: the expert helped. NaN also where no token follows.
             None: not asked for.
+        logit_change: of the same token's logit, before the softmax: what the expert does to the
+            token itself, and not to its rivals. NaN and None as above.
     """
 
     experts: tuple[int, ...]
     weights: Float[Tensor, "B S E"]
     norms: dict[str, Float[Tensor, "B S E"]]
     logprob_change: Float[Tensor, "B S E"] | None
+    logit_change: Float[Tensor, "B S E"] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +51,12 @@ class Contributions:
 
     Attributes:
         logprob: of the token that follows, in nats, as the model routes; NaN where none does.
+        logit: of that token, before the softmax.
         layers: layer or block -> its experts.
     """
 
     logprob: Float[Tensor, "B S"]
+    logit: Float[Tensor, "B S"]
     layers: dict[str, LayerContributions]
 
 
@@ -66,9 +71,9 @@ def contributions(
 ) -> Contributions:
     """Measure each expert at each token. Costs one forward, and one per chosen layer and expert.
 
-    The changes of log-probability are exact, no first-order estimate: the model runs without the
-    expert. They hold everything that follows from it, in later layers, their routers and later
-    tokens.
+    The changes of log-probability and logit are exact, no first-order estimate: the model runs
+    without the expert. They hold everything that follows from it, in later layers, their routers
+    and later tokens.
 
     Norms are of each expert by itself; experts that are orthogonalised against each other
     (`orthogonalize`), before that. Those of `ffn` are differences of two outputs in the model's
@@ -80,8 +85,8 @@ def contributions(
         attention_mask: 0 at padding [B, S]; None: there is none.
         layers: layers or blocks, named as by `collect_routing`; None: all.
         experts: which ones; None: all.
-        effects: whether to measure `logprob_change`. Without it one forward is enough, except
-            with placement `ffn`.
+        effects: whether to measure `logprob_change` and `logit_change`. Without them one forward
+            is enough, except with placement `ffn`.
 
     Raises:
         ConfigError: no mixture, or several, are active; no such layer or expert; ids or mask have
@@ -98,54 +103,59 @@ def contributions(
     real = real_tokens(batch).cpu()
     watch, found = Watch(model, chosen), {}
     with evaluating(model):
-        logprob, routings, lengths, outputs = _as_routed(model, batch, watch)
+        told, routings, lengths, outputs = _as_routed(model, batch, watch)
         for name, own in chosen.items():
             routing = routing_of(routings, name, real.numel())
             weights = _rows(routing.expert_weights[:, list(own)].cpu(), real)
             norms = {key: _rows(x, real) * weights.abs() for key, x in lengths[name].items()}
-            changes = None
+            changes = (None, None)
             if effects or name in outputs:
                 others, answers = _without_each(model, batch, watch, name, own)
-                changes = others - logprob.unsqueeze(-1) if effects else None
+                if effects:
+                    changes = tuple(others - told.unsqueeze(-1))
                 if name in outputs:
                     lost = [(outputs[name] - rest).norm(dim=-1).cpu() for rest in answers]
                     norms[name] = _rows(_columns(lost, (real.numel(),)), real)
             found[name] = LayerContributions(
-                experts=own, weights=weights, norms=norms, logprob_change=changes
+                experts=own,
+                weights=weights,
+                norms=norms,
+                logprob_change=changes[0],
+                logit_change=changes[1],
             )
-    return Contributions(logprob=logprob, layers=found)
+    return Contributions(logprob=told[0], logit=told[1], layers=found)
 
 
 def _as_routed(
     model: nn.Module, batch: Batch, watch: Watch
 ) -> tuple[
-    Float[Tensor, "B S"],
+    Float[Tensor, "2 B S"],
     dict[str, list[Routing]],
     dict[str, dict[str, Tensor]],
     dict[str, Tensor],
 ]:
-    """Run once; return log-probabilities, routings, and what `Watch` saw."""
+    """Run once; return what `_told` does, routings, and what `Watch` saw."""
     with (
         collect_routing(model) as routings,
         override_routing(model, edit=keep_weights),
         watch.lengths() as lengths,
         watch.outputs() as outputs,
     ):
-        logprob = _logprob(model, batch)
-    return logprob, routings, lengths, outputs
+        told = _told(model, batch)
+    return told, routings, lengths, outputs
 
 
 def _without_each(
     model: nn.Module, batch: Batch, watch: Watch, layer: str, experts: Sequence[int]
-) -> tuple[Float[Tensor, "B S E"], list[Tensor]]:
-    """Return log-probabilities without each expert, and what an FFN of placement `ffn` answers."""
-    logprobs, answers = [], []
+) -> tuple[Float[Tensor, "2 B S E"], list[Tensor]]:
+    """Return what `_told` does without each expert, and what an FFN of placement `ffn` answers."""
+    told, answers = [], []
     for expert in experts:
         edit = only_at([layer], without([expert]))
         with override_routing(model, edit=edit), watch.outputs() as outputs:
-            logprobs.append(_logprob(model, batch))
+            told.append(_told(model, batch))
         answers += [outputs[layer]] if layer in outputs else []
-    return _columns(logprobs, batch.labels.shape), answers
+    return _columns(told, (2, *batch.labels.shape)), answers
 
 
 def _columns(columns: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
@@ -158,9 +168,13 @@ def _rows(values: Float[Tensor, "T E"], real: Bool[Tensor, "B S"]) -> Float[Tens
     return values.view(*real.shape, values.shape[-1]).masked_fill(~real.unsqueeze(-1), math.nan)
 
 
-def _logprob(model: nn.Module, batch: Batch) -> Float[Tensor, "B S"]:
-    """Return the log-probability of the token after each one, NaN where none is counted."""
-    nll = token_nll(logits_of(model, batch), batch).cpu()
-    out = torch.full(batch.labels.shape, math.nan, dtype=nll.dtype)
-    out[:, :-1] = (-nll).masked_fill(~counted_tokens(batch).cpu(), math.nan)
+def _told(model: nn.Module, batch: Batch) -> Float[Tensor, "2 B S"]:
+    """Return log-probability and logit of the token after each one, NaN where none is counted."""
+    logits = logits_of(model, batch)
+    counted = counted_tokens(batch).cpu()
+    following = batch.labels[:, 1:, None].clamp(min=0).to(logits.device)
+    nll = token_nll(logits, batch).cpu()
+    own = logits[:, :-1].gather(2, following)[..., 0].cpu().to(nll.dtype)
+    out = torch.full((2, *batch.labels.shape), math.nan, dtype=nll.dtype)
+    out[:, :, :-1] = torch.stack([-nll, own]).masked_fill(~counted, math.nan)
     return out

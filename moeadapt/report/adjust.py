@@ -6,6 +6,9 @@ Source: Benjamini and Hochberg 1995, https://doi.org/10.1111/j.2517-6161.1995.tb
 import math
 from collections.abc import Sequence
 
+LEVEL = 0.05
+"""Chance of a p value up to here where there is nothing to find."""
+
 
 def adjusted(p_values: Sequence[float]) -> list[float]:
     """Return p-values by Benjamini and Hochberg: of those up to x, a share of x is chance at most.

@@ -18,7 +18,7 @@ from moeadapt.errors import ConfigError, UnsupportedError
 from moeadapt.report.arms import measure_arms, summarize
 from moeadapt.report.counts import LayerCounts
 from moeadapt.report.data import ColoredText, Flow, Layer, ReportData
-from moeadapt.report.domains import DomainUse, compare_domains, permuted_labels
+from moeadapt.report.domains import DomainUse, compare_domains, enough_permutations, permuted_labels
 from moeadapt.report.settings import settings_of, versions
 from moeadapt.report.similarity import cosines
 from moeadapt.report.texts import TokenizedText, check_texts, pieces, to_batches, tokenize
@@ -39,7 +39,7 @@ def collect(
     adapter: str | None = None,
     max_length: int = 256,
     batch_size: int = 8,
-    permutations: int = 1000,
+    permutations: int | None = None,
     bootstrap: int = 1000,
     shown: int = 2,
     seed: int = 0,
@@ -60,6 +60,7 @@ def collect(
         max_length: tokens of a text, >= 2, the rest is cut; at most the positions the model has.
         batch_size: texts of a forward. A batch has texts of all domains, see `spread`.
         permutations: of the texts' domains, >= 1; p values are at least 1 / (permutations + 1).
+            None: as many as one lift alone needs to stand out, see `enough_permutations`.
         bootstrap: resamples of the texts, >= 1.
         shown: coloured texts per domain, >= 0; at most 48 in all.
         seed: of everything that is random.
@@ -76,8 +77,8 @@ def collect(
     check_texts(texts)
     check_numbers(
         {"max_length": (max_length, 2), "shown": (shown, 0)}
-        | {"batch_size": (batch_size, 1), "permutations": (permutations, 1)}
-        | {"bootstrap": (bootstrap, 1)}
+        | {"batch_size": (batch_size, 1), "bootstrap": (bootstrap, 1)}
+        | ({} if permutations is None else {"permutations": (permutations, 1)})
     )
     peft_model, adapter = check_model(model, adapter)
     log = [] if training_log is None else read_training_log(training_log)
@@ -94,6 +95,8 @@ def collect(
         losses, torch.tensor([len(t.ids) - 1 for t in tokenized]).double(), bootstrap, seed
     )
     heads = {name: heads_of(peft_model)[f"{adapter}/{name}"] for name in found.names}
+    if permutations is None:
+        permutations = enough_permutations(len(names), max(num_experts), len(tokenized))
     layers = _layers(found.layers, heads, tokenized, len(names), permutations, seed)
     per_domain = [len(own) for own in texts.values()]
     causal = not any(head.router.looks_ahead for head in heads.values())
@@ -106,6 +109,7 @@ def collect(
         texts_per_domain=per_domain,
         tokens=sum(len(text.ids) for text in tokenized),
         cut=sum(text.cut for text in tokenized),
+        permutations=permutations,
         verdicts=verdicts(layers, arms, per_domain, permutations, scored, causal=causal),
         arms=arms,
         layers=layers,

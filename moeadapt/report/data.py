@@ -147,6 +147,7 @@ class ReportData:
         texts_per_domain: how many held-out texts, [D].
         tokens: how many tokens were measured.
         cut: how many texts were longer than `max_length` tokens.
+        permutations: of the texts' domains, behind every p value.
         verdicts: the tiles, in order.
         arms: the ways of routing, `learned` first.
         layers: the routers, in the order they run in.
@@ -172,6 +173,7 @@ class ReportData:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     cut: int = 0
+    permutations: int = 1000
 
     def to_json(self) -> dict[str, Any]:
         """Return plain lists and dicts, every number included."""

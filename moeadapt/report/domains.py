@@ -10,16 +10,22 @@ https://doi.org/10.2202/1544-6115.1585, eq. 2; mutual information, Cover and Tho
 2.3.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from moeadapt.report.adjust import LEVEL
 from moeadapt.report.counts import LayerCounts
 
 MOST_ENTRIES = 2**24
 """Entries of the permuted one-hot labels that are made at a time: 128 MB."""
+
+LEAST_PERMUTATIONS, MOST_PERMUTATIONS = 1000, 10_000
+MOST_LABELS = 2**26
+"""Labels of all permutations together: 512 MB."""
 
 HIGH = 0.95
 """Quantile of the mutual information under permutation that is kept."""
@@ -47,6 +53,23 @@ class DomainUse:
     mutual_information_null: float
     mutual_information_high: float
     mutual_information_p: float
+
+
+def enough_permutations(num_domains: int, num_experts: int, num_texts: int) -> int:
+    """Return how many let one lift alone be told from chance, if it is as unlikely as can be.
+
+    Its p is then at most `LEVEL` after the adjustment for all domains and experts of a layer;
+    beyond `MOST_PERMUTATIONS`, or `MOST_LABELS` labels in all, it may stay above.
+
+    Args:
+        num_domains: D.
+        num_experts: E.
+        num_texts: N.
+    """
+    # The smallest two-sided p is 2 / (P + 1), and the adjustment multiplies it by D E.
+    wanted = math.ceil(2 * num_domains * num_experts / LEVEL)
+    most = min(MOST_PERMUTATIONS, MOST_LABELS // num_texts)
+    return max(min(wanted, most), LEAST_PERMUTATIONS)
 
 
 def permuted_labels(labels: Int[Tensor, " N"], permutations: int, seed: int) -> Int[Tensor, "P N"]:

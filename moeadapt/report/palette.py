@@ -28,7 +28,7 @@ COLORS = (
 )
 """Okabe and Ito, Color Universal Design, 2008; its black is the ink of the page."""
 
-OTHER = "#8a8f98"
+OTHER = "#646972"
 """Every expert without a colour of its own, and whatever is neither high nor low."""
 
 ACCENT = "#2b87c8"

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import altair as alt
@@ -53,10 +54,11 @@ class Picture:
 
     @property
     def standalone(self) -> str:
-        """The text of an SVG file: dark ink on white."""
+        """The text of an SVG file: dark ink on white, with its description."""
         background = '<rect width="100%" height="100%" fill="#fff"/>'
         head, body = self.svg.split(">", 1)
-        return f'{head} color="{INK}">{background}{body}'
+        told = f"<title>{escape(self.alt)}</title>"
+        return f'{head} role="img" color="{INK}">{told}{background}{body}'
 
     def png(self) -> bytes:
         """Draw the PNG file."""

@@ -37,7 +37,7 @@ def report(
     adapter: str | None = None,
     max_length: int = 256,
     batch_size: int = 8,
-    permutations: int = 1000,
+    permutations: int | None = None,
     bootstrap: int = 1000,
     shown: int = 2,
     seed: int = 0,
@@ -58,7 +58,7 @@ def report(
         adapter: which mixture; None: the active one.
         max_length: tokens of a text, >= 2, the rest is cut.
         batch_size: texts of a forward.
-        permutations: of the texts' domains, >= 1.
+        permutations: of the texts' domains, >= 1; None: see `collect`.
         bootstrap: resamples of the texts, >= 1.
         shown: coloured texts per domain, >= 0.
         seed: of everything that is random.

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
+from moeadapt.report.adjust import LEVEL
 from moeadapt.report.arms import COVERAGE, OFF, RANDOM, SHUFFLED, SINGLE, UNIFORM
 from moeadapt.report.data import Arm, Layer, Verdict
 
@@ -29,9 +30,6 @@ that nobody uses.
 
 SOFT = 0.01
 """Experts that a token may leave unused on average, where its router is called soft."""
-
-LEVEL = 0.05
-"""Probability under chance, up to which a layer's dependence on domains counts."""
 
 LEAST_BITS = 0.05
 """Bits of mutual information beyond chance that a layer needs: with many texts any trace of a

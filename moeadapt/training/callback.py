@@ -251,7 +251,8 @@ class MoeAdaptCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Compare learned routing with equal shares, if asked to."""
-        if self._session is not None:
+        # Before the first step the experts do nothing yet, whatever chooses them.
+        if self._session is not None and state.global_step:
             self._session.after_evaluation(eval_dataloader or ())
 
     def on_train_end(

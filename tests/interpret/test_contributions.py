@@ -99,20 +99,27 @@ def test_changes_are_log_probabilities_without_the_expert(kind, models):
     assert list(found.layers) == [layer]
     own = found.layers[layer]
     assert own.experts == (2, 0)
-    before = logits(model, batch()).log_softmax(-1)
+    raw = logits(model, batch())
+    before = raw.log_softmax(-1)
     for column, expert in enumerate(own.experts):
         with moeadapt.override_routing(model, edit=zeroed([expert], [layer])):
-            after = logits(model, batch()).log_softmax(-1)
+            raw_after = logits(model, batch())
+            after = raw_after.log_softmax(-1)
         for row in range(3):
             for t in range(9):
                 change = own.logprob_change[row, t, column]
                 if t == 8 or not REAL[row, t]:
                     assert change.isnan()
+                    assert own.logit_change[row, t, column].isnan()
                     assert found.logprob[row, t].isnan()
+                    assert found.logit[row, t].isnan()
                     continue
                 word = IDS[row, t + 1]
                 assert_close(change, after[row, t, word] - before[row, t, word])
                 assert_close(found.logprob[row, t], before[row, t, word])
+                lost = raw_after[row, t, word] - raw[row, t, word]
+                assert_close(own.logit_change[row, t, column], lost)
+                assert_close(found.logit[row, t], raw[row, t, word])
         assert own.logprob_change[..., column][REAL].nan_to_num().abs().max() > 1e-6
 
 
@@ -134,6 +141,7 @@ def test_padding_does_not_matter(kind, models):
 def test_without_effects_nothing_is_removed(models):
     found = contributions(models["layer"], IDS, MASK, effects=False)
     assert all(own.logprob_change is None for own in found.layers.values())
+    assert all(own.logit_change is None for own in found.layers.values())
 
 
 def test_an_expert_that_some_layer_lacks_is_left_out_there():

@@ -34,6 +34,41 @@ def test_each_text_is_measured_with_and_without(model):
     assert found.by_domain["red"].texts == 4
 
 
+def forced(_, routing):
+    weights = torch.zeros_like(routing.expert_weights)
+    weights[:, 2] = routing.expert_weights.sum(1)
+    return weights
+
+
+def swapped(_, routing):
+    return routing.expert_weights[:, [3, 1, 2, 0]]
+
+
+def without_first(_, routing):
+    """Give a token that uses expert 0 the best two of the others, in proportion to their chance."""
+    weights = routing.expert_weights.clone()
+    for row in weights[:, 0].nonzero()[:, 0]:
+        chances = routing.probs[row, :4].clone()
+        chances[0] = -1
+        best = chances.topk(2).indices
+        weights[row] = 0
+        weights[row, best] = chances[best] / chances[best].sum() * routing.expert_weights[row].sum()
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("override", "edit"),
+    [({"force": 2}, forced), ({"swap": (0, 3)}, swapped), ({"ban": 0}, without_first)],
+    ids=["force", "swap", "ban"],
+)
+def test_texts_are_measured_as_if_tokens_went_elsewhere(model, override, edit):
+    data = items()
+    found = counterfactual(model, data, **override)
+    slow = [row for item in data for row in token_losses(model, item, edit=edit)]
+    assert found.overridden == pytest.approx([statistics.mean(row) for row in slow])
+    assert abs(found.difference.mean) > 1e-6
+
+
 def test_with_texts_of_one_length_the_error_is_that_of_a_mean():
     sums = torch.tensor([1.0, 4.0, -2.0, 3.5, 0.5], dtype=torch.float64)
     mean, error = ratio(sums, torch.full_like(sums, 4))

@@ -130,3 +130,13 @@ def test_an_unused_expert_is_worth_nothing(kind):
 def test_one_sample_has_no_error():
     with pytest.raises(ConfigError, match="2 or more"):
         shapley(model_of("ffn"), items(1), exact=False, samples=1)
+
+
+@pytest.mark.parametrize(("experts", "exact"), [(8, True), (9, False)])
+def test_values_are_exact_up_to_eight_experts_and_sampled_with_errors_beyond(experts, exact):
+    model = model_of("ffn", num_experts=experts, r=2)
+    found = shapley(model, items(1), layer="model.layers.0.mlp", samples=2)
+    assert len(found.values) == experts
+    assert (found.standard_errors is None) == exact
+    assert (found.coalitions == 2**experts) == exact
+    assert sum(found.values) == pytest.approx(found.all_on - found.all_off, abs=1e-12)

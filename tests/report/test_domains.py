@@ -8,8 +8,17 @@ import torch
 from torch.testing import assert_close
 
 from moeadapt.report import domains
+from moeadapt.report.adjust import LEVEL, adjusted
 from moeadapt.report.counts import LayerCounts
-from moeadapt.report.domains import compare_domains, information, lifts, permuted_labels
+from moeadapt.report.domains import (
+    MOST_LABELS,
+    MOST_PERMUTATIONS,
+    compare_domains,
+    enough_permutations,
+    information,
+    lifts,
+    permuted_labels,
+)
 
 N, D, E, P = 11, 3, 4, 57
 
@@ -156,3 +165,19 @@ def test_to_use_no_expert_tells_the_domain_too():
     found = compare_domains(labels, permuted_labels(labels, 99, 0), 2, layer)
     assert found.mutual_information == pytest.approx(1.0)
     assert found.mutual_information_p < 0.05
+
+
+@pytest.mark.parametrize(("domains", "experts"), [(2, 4), (5, 8), (24, 8), (3, 64)])
+def test_one_lift_alone_can_stand_out_of_a_layer(domains, experts):
+    permutations = enough_permutations(domains, experts, num_texts=100)
+    least = 2 / (permutations + 1)
+    p_values = [least, *[0.5] * (domains * experts - 1)]
+    assert adjusted(p_values)[0] <= LEVEL
+    assert permutations >= 1000
+
+
+def test_permutations_are_bounded():
+    assert enough_permutations(24, 64, num_texts=100) == MOST_PERMUTATIONS
+    many = enough_permutations(24, 64, num_texts=20_000)
+    assert 1000 <= many < MOST_PERMUTATIONS
+    assert many * 20_000 <= MOST_LABELS

@@ -137,6 +137,55 @@ def test_a_heading_sorts_up_and_then_down(opened):
     assert head[0].get_attribute("aria-sort") == "none"
 
 
+def test_a_heading_sorts_by_key(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    head = opened.find_elements("css selector", "table.sortable")[1].find_elements("tag name", "th")
+    opened.execute_script("arguments[0].focus()", head[2].find_element("tag name", "button"))
+    press(opened, Keys.ENTER)
+    assert head[2].get_attribute("aria-sort") == "ascending"
+    press(opened, Keys.SPACE)
+    assert head[2].get_attribute("aria-sort") == "descending"
+
+
+def test_the_tab_key_reaches_slider_texts_and_headings_in_order(opened):
+    from selenium.webdriver.common.keys import Keys
+
+    what = (
+        "const e = document.activeElement; return e.id === 'layer' ? 'slider' :"
+        "e.classList.contains('t') ? 'token' : e.closest('th') ? 'heading' : e.localName"
+    )
+    opened.execute_script("document.body.focus()")
+    seen = []
+    for _ in range(400):
+        press(opened, Keys.TAB)
+        here = opened.execute_script(what)
+        if here == "body":
+            break
+        seen.append(here)
+    first = list(dict.fromkeys(seen))
+    assert [one for one in first if one in ("slider", "token", "heading")] == [
+        "slider", "token", "heading"
+    ]  # fmt: skip
+    # One stop for each text: its other tokens are reached by arrow keys.
+    texts = opened.execute_script("return document.querySelectorAll('.tokens').length")
+    assert seen.count("token") == texts
+
+
+def test_a_pointer_over_a_token_shows_its_experts(opened):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    token = opened.find_elements("css selector", ".t")[3]
+    opened.execute_script("arguments[0].scrollIntoView({block: 'center'})", token)
+    ActionChains(opened).move_to_element(token).perform()
+    tip = opened.find_element("id", "tip")
+    assert tip.is_displayed()
+    expert, _ = sample(layers=3, hostile=True, tokens=40).texts[0].experts[1][3]
+    assert tip.text.startswith(f"expert {expert}: ")
+    ActionChains(opened).move_to_element(opened.find_element("tag name", "h1")).perform()
+    assert not tip.is_displayed()
+
+
 def test_nothing_hostile_ran(opened):
     assert opened.execute_script("return document.images.length") == 0
     assert opened.execute_script("return document.querySelectorAll('script').length") == 2

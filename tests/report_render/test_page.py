@@ -14,6 +14,12 @@ from tests.report_render.sample import DOMAINS, HOSTILE, NASTY, STYLE_ESCAPE, sa
 VARIANTS = {
     "plain": {},
     "64 experts": {"experts": 64, "layers": 32, "tokens": 400},
+    "every limit": {
+        "experts": 64,
+        "layers": 48,
+        "tokens": 128,
+        "domains": [f"domain {n}" for n in range(48)],
+    },
     "hostile": {"hostile": True, "layers": 3, "tokens": 20},
     "bare": {"layers": 1, "domains": ["one"], "training": False, "similar": False, "texts": False},
 }

@@ -216,17 +216,50 @@ def test_one_layer_that_depends_on_domains_stands_out_of_many():
     assert "; 24 of 144 are unlikely by chance" in lift.alt
 
 
-def test_a_layer_that_permutations_cannot_tell_from_chance_is_said_to_be():
-    data = sample(layers=30)
-    layers = [
-        dataclasses.replace(layer, mutual_information_p=0.01 if i == 0 else 0.5)
-        for i, layer in enumerate(data.layers)
+def test_lifts_that_permutations_cannot_tell_from_chance_are_said_to_be():
+    def notes(permutations: int, least: float) -> list[str]:
+        p_value = [[least if (row, e) == (0, 0) else 0.5 for e in range(8)] for row in range(3)]
+        data = sample()
+        layers = [dataclasses.replace(layer, p_value=p_value) for layer in data.layers]
+        panel = domains_panel(dataclasses.replace(data, layers=layers, permutations=permutations))
+        return [note for note in panel.notes if note.startswith("Lift: so many")]
+
+    # 24 tests in a layer: adjusted, one p of 2 / 501 is 0.096.
+    assert notes(500, 2 / 501) == [
+        "Lift: so many domains and experts were tested at once in a layer that with 500 "
+        "permutations none of them alone can be told from chance."
     ]
-    assert any(
-        "none of them alone" in n
-        for n in domains_panel(dataclasses.replace(data, layers=layers)).notes
-    )
-    assert not any("none of them alone" in note for note in domains_panel(data).notes)
+    # A p that the permutations could have made smaller is chance, not their fault.
+    assert not notes(1000, 2 / 1001)
+    assert not notes(1000, 0.02)
+
+
+def test_experts_that_were_not_tried_alone_are_counted():
+    data = sample()
+    assert not worth_panel(data).notes
+    many = [dataclasses.replace(layer, load=[0.01] * 100) for layer in data.layers]
+    assert list(worth_panel(dataclasses.replace(data, layers=many, num_experts=100)).notes) == [
+        "Of 100 experts the first 64 were tried alone."
+    ]
+    few = [dataclasses.replace(data.layers[0], load=[0.2] * 5), *data.layers[1:]]
+    assert list(worth_panel(dataclasses.replace(data, layers=few)).notes) == [
+        "Of 8 experts the first 5 were tried alone."
+    ]
+
+
+def test_a_layer_that_permutations_cannot_tell_from_chance_is_said_to_be():
+    def notes(permutations: int, least: float) -> list[str]:
+        data = sample(layers=30)
+        layers = [
+            dataclasses.replace(layer, mutual_information_p=least if i == 0 else 0.5)
+            for i, layer in enumerate(data.layers)
+        ]
+        panel = domains_panel(dataclasses.replace(data, layers=layers, permutations=permutations))
+        return [note for note in panel.notes if note.startswith("Mutual information: 30 layers")]
+
+    assert len(notes(99, 0.01)) == 1
+    assert not notes(1000, 0.01)
+    assert not notes(1000, 1 / 1001)
 
 
 def test_a_tip_says_that_it_may_leave_experts_out():

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from html import escape
+from xml.etree import ElementTree
 
 import pytest
 
@@ -51,7 +53,12 @@ def test_every_picture_is_a_file_twice(written):
         assert path.read_bytes().startswith(b"\x89PNG")
         assert path.stat().st_size > 2000
     for path in folder.glob("*.svg"):
-        assert path.read_text().startswith("<svg xmlns=")
+        root = ElementTree.fromstring(path.read_text())
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.get("role") == "img"
+        told = root.find("{http://www.w3.org/2000/svg}title")
+        assert told is not None
+        assert told.text in out.read_text() or escape(told.text) in out.read_text()
 
 
 def test_nothing_else_is_left_beside_a_report(written):

@@ -153,6 +153,25 @@ def test_evaluations_of_a_run_compare_only_if_asked(
 
 
 @pytest.mark.parametrize("stock", [False, True])
+def test_an_evaluation_before_the_first_step_is_not_compared(
+    stock: bool, tmp_path: Path, monkeypatch: Any
+) -> None:
+    compared: list[int] = []
+    monkeypatch.setattr(
+        "moeadapt.training.session.compare_with_uniform",
+        lambda *_: compared.append(trainer.state.global_step) or True,
+    )
+    option = {"compare_uniform": True}
+    trainer = make_trainer(
+        "SFT", tmp_path, stock=stock, max_steps=2, eval_strategy="steps", eval_steps=1,
+        eval_on_start=True, callbacks=[MoeAdaptCallback(**option)] if stock else [],
+        trainer_fields={"eval_dataset": toy_text(8), **({} if stock else option)},
+    )  # fmt: skip
+    trainer.train()
+    assert compared == [1, 2]
+
+
+@pytest.mark.parametrize("stock", [False, True])
 def test_the_comparison_does_not_change_the_training(stock: bool, tmp_path: Path) -> None:
     """Dropout and the order of rows come from the generators, which a comparison must not move."""
     trained = []

@@ -5,7 +5,7 @@ from typing import Any
 
 import altair as alt
 
-from moeadapt.report.adjust import adjusted
+from moeadapt.report.adjust import LEVEL, adjusted
 from moeadapt.report.data import Layer, ReportData
 from moeadapt.report.palette import (
     ACCENT,
@@ -19,10 +19,10 @@ from moeadapt.report.palette import (
 )
 from moeadapt.report.panels.base import Panel
 from moeadapt.report.picture import Picture, chart_picture, table
+from moeadapt.report.verdicts import smallest_p
 from moeadapt.report.wording import number
 
 MOST_LAYERS, MOST_BARS, COLUMNS = 6, 48, 3
-LEVEL = 0.05
 STRONGEST = 2.0
 """log2 of the lift where colour and size end."""
 
@@ -50,11 +50,7 @@ def domains_panel(data: ReportData) -> Panel:
             )
         if len(data.layers) > MOST_BARS:
             notes.append(f"Mutual information: {MOST_BARS} of {len(data.layers)} layers.")
-        if _too_few(data):
-            notes.append(
-                f"Mutual information: {len(data.layers)} layers were tested at once, and with so "
-                "few permutations or texts none of them alone can be told from chance."
-            )
+        notes += _out_of_reach(data)
     return Panel(
         key="domains",
         title="Domains and experts",
@@ -130,10 +126,25 @@ def _sure(data: ReportData) -> set[tuple[int, int, int]]:
     return found
 
 
-def _too_few(data: ReportData) -> bool:
-    """Return whether a layer alone, as unlikely as permutations can show, would stay hollow."""
+def _out_of_reach(data: ReportData) -> list[str]:
+    """Say where one test alone, as unlikely as the permutations can show, would stay hollow."""
+    notes, least = [], 1 / (data.permutations + 1)
+    cells = [[p for row in layer.p_value for p in row] for layer in data.layers]
+    # Two-sided, so that twice the least is as low as they go.
+    if any(2 * least * len(own) > LEVEL and min(adjusted(own)) > LEVEL for own in cells):
+        notes.append(
+            "Lift: so many domains and experts were tested at once in a layer that with "
+            f"{data.permutations} permutations none of them alone can be told from chance."
+        )
     chances = [layer.mutual_information_p for layer in data.layers]
-    return min(chances) * len(chances) > LEVEL >= min(chances) and min(adjusted(chances)) > LEVEL
+    least = max(least, smallest_p(data.texts_per_domain))
+    if least * len(chances) > LEVEL and min(adjusted(chances)) > LEVEL:
+        notes.append(
+            f"Mutual information: {len(chances)} layers were tested at once, and with "
+            f"{data.permutations} permutations of {sum(data.texts_per_domain)} texts none of them "
+            "alone can be told from chance."
+        )
+    return notes
 
 
 def _lift_marks(experts: list[str], domains: list[str]) -> Any:

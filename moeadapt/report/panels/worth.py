@@ -2,7 +2,8 @@
 
 import altair as alt
 
-from moeadapt.report.data import Arm, ReportData
+from moeadapt.report.arms import MOST_SINGLE
+from moeadapt.report.data import Arm, Layer, ReportData
 from moeadapt.report.palette import ACCENT
 from moeadapt.report.panels.base import Panel
 from moeadapt.report.picture import Picture, chart_picture, table
@@ -38,8 +39,19 @@ def worth_panel(data: ReportData) -> Panel:
         template="worth.html.j2",
         values={"arms": table},
         pictures=[_picture(data.arms)] if data.arms else [],
-        notes=() if data.arms else ("No other way of routing was measured.",),
+        notes=_notes(data),
     )
+
+
+def _notes(data: ReportData) -> list[str]:
+    if not data.arms:
+        return ["No other way of routing was measured."]
+    tried, all_ = min(MOST_SINGLE, *map(_num_experts, data.layers)), data.num_experts
+    return [f"Of {all_} experts the first {tried} were tried alone."] if tried < all_ else []
+
+
+def _num_experts(layer: Layer) -> int:
+    return len(layer.load)
 
 
 def _reading(arm: Arm) -> str:
