@@ -16,7 +16,8 @@ help:
 	@echo "make test-wheel   build the wheel, install it in a clean environment, run the demo (10 minutes)"
 	@echo "make test-lowest  a subset of the tests with the oldest versions allowed (5 minutes)"
 	@echo "make bench    speed and memory beside plain LoRA and others (25 minutes; ARGS=--quick: 3)"
-	@echo "make evidence whether routing helps: two worlds, and a real model (about 40 minutes on 2 cores)"
+	@echo "make evidence whether routing helps: two worlds, and a real model, into outputs/evidence (under"
+	@echo "              30 minutes on 2 cores; docs/evidence.md says with which options it was measured)"
 	@echo "make install  only set up .venv"
 	@echo "make slow     the tests that download or take long"
 	@echo "make format   fix what the linter can fix"
@@ -36,10 +37,11 @@ bench: install
 	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 evidence: install
-	$(BIN)/python -m benchmarks.evidence.two_worlds
-	$(BIN)/python -m benchmarks.evidence.smollm2 $(ARGS)
-	$(MAKE) evidence-page
+	$(BIN)/python -m benchmarks.evidence.two_worlds --seeds 3 --csv outputs/evidence/two_worlds.csv
+	$(BIN)/python -m benchmarks.evidence.smollm2 --seeds 3 --results outputs/evidence $(ARGS)
+	$(BIN)/python -m benchmarks.evidence.page --results outputs/evidence --out outputs/evidence/evidence.md
 
+# The page of the docs, from the results in benchmarks/results.
 evidence-page: install
 	$(BIN)/python -m benchmarks.evidence.page
 

@@ -218,6 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"{cost.BASELINE} is always measured too; {' '.join(REDUCED)} if left out",
     )  # fmt: skip
     parser.add_argument("--steps", type=int, help="of training, instead of the preset's")
+    parser.add_argument("--seeds", type=int, help="of each arm, instead of the preset's")
     parser.add_argument("--no-sequence", action="store_true")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(arguments)
@@ -226,8 +227,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.toy and args.results == RESULTS:
         parser.error("--toy measures nothing: name a folder of its own with --results")
     preset = FULL if args.full else TOY if args.toy else SMALL
-    if args.steps:
-        preset = replace(preset, steps=args.steps)
+    if min(args.steps or 1, (args.seeds or 2) - 1) < 1:
+        parser.error("--seeds must be at least 2, for an error, and --steps at least 1")
+    preset = replace(preset, steps=args.steps or preset.steps, seeds=args.seeds or preset.seeds)
     begin, place = time.perf_counter(), place_of(args.device)
     check_columns(args.results / "smollm2.csv", columns(domains.available(), place))
     bench = Bench(preset, args.device, args.base)

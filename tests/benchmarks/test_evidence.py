@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import moeadapt
 from benchmarks.common import append_csv
-from benchmarks.evidence import arms, compare, cost, domains, page, rows, runs, smollm2
+from benchmarks.evidence import arms, compare, cost, domains, page, rows, runs, smollm2, two_worlds
 from benchmarks.evidence.arms import ARMS, Sizes
 from benchmarks.evidence.sweep import choose_rate
 from tests.tiny import tiny
@@ -192,6 +192,31 @@ def test_a_page_without_its_baseline_says_so(tmp_path):
     append_csv(tmp_path / "two_worlds.csv", [one])
     with pytest.raises(SystemExit, match="no row of lora_kr"):
         page.page(tmp_path)
+
+
+def test_the_committed_two_worlds_are_what_theory_says():
+    worlds = compare.read(page.RESULTS / "two_worlds.csv", ("world", "arm"))
+    assert len(worlds) == 2 * len(two_worlds.ARMS)
+    best = {
+        kind: next(r for r in worlds if r["world"] == kind) for kind in ("conflict", "separable")
+    }
+    for one in worlds:
+        found = compare.compared(one, best[one["world"]], "error")
+        if one["world"] == "separable":
+            assert "wins" not in found, "a mixture must not win where one linear map is exact"
+        elif one["arm"] in two_worlds.PLAIN or one["arm"] == "uniform_router":
+            bound, error = float(one["static_bound"]), float(one["error"])
+            assert error >= bound - 0.005, "no static adapter gets below the bound"
+        else:
+            assert "wins" in found
+
+
+def test_every_arm_was_measured():
+    measured = compare.read(page.RESULTS / "smollm2.csv", ("experiment_name",))
+    assert {one["experiment_name"] for one in measured} == set(ARMS)
+    assert set(page.NAMES) == set(ARMS) | set(two_worlds.ARMS)
+    after = compare.read(page.RESULTS / "smollm2_sequential.csv", ("experiment_name",))
+    assert {one["experiment_name"] for one in after} == set(smollm2.SEQUENTIAL)
 
 
 def test_the_committed_page_is_that_of_the_committed_results():
