@@ -40,7 +40,8 @@ def choose_rate(
     at = (len(rates) - 1) // 2
     best = [run(rates[at], seed) for seed in range(searched)]
     tried = {rates[at]: [one.validation for one in best]}
-    for side in (1, -1):
+    # Where the middle diverges, larger rates do too.
+    for side in (1, -1) if math.isfinite(_mean(tried[rates[at]])) else (-1,):
         while 0 <= at + side < len(rates) and rates[at + side] not in tried:
             rate = rates[at + side]
             other = _race(run, rate, tried[rates[at]])
