@@ -5,6 +5,7 @@ One that Student's paired t test does not tell from zero at 5 % is called within
 """
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +65,8 @@ def compared(row: Row, other: Row, name: str) -> str:
     if row is other:
         return BASELINE
     mean, error, limit = gap(row, other, name)
+    if not math.isfinite(mean):
+        return "diverged with some seed"
     measured = f"({mean:+.3f} ± {error:.3f})"
     if abs(mean) <= limit:
         return f"within noise {measured}"

@@ -1,6 +1,7 @@
 """Writes docs/evidence.md from the CSV files: `python -m benchmarks.evidence.page`."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,8 +32,11 @@ NAMES = {
 }
 
 PAIRS = (
-    ("mixture_block", "frozen_random_router"),
     ("mixture_block", "uniform_router"),
+    ("mixture_layer", "uniform_router"),
+    ("mixture_threshold", "uniform_router"),
+    ("mixture_top_p", "uniform_router"),
+    ("mixture_block", "frozen_random_router"),
     ("mixture_block", "lora_active"),
     ("mixture_ffn", "lora_ffn_params"),
     ("oracle_routing", "mixture_block"),
@@ -99,7 +103,8 @@ def model(rows: list[Row]) -> list[str]:
     best = baseline(rows, "experiment_name", "lora_total")
     present = {row["experiment_name"] for row in rows}
     asked = " --arms all" if present >= set(arms.ARMS) else ""
-    limits = sorted(gap(row, best, "test_nll")[2] for row in rows if row is not best) or [0.0]
+    limits = [gap(row, best, "test_nll")[2] for row in rows if row is not best]
+    limits = sorted(limit for limit in limits if math.isfinite(limit)) or [0.0]
     quality = [
         [
             NAMES[row["experiment_name"]],
@@ -122,7 +127,8 @@ def model(rows: list[Row]) -> list[str]:
         f"start and an order of its own, the same for every arm; the {first['test_rows']} test "
         "rows of each domain are the same for all, so that the errors say nothing of other test "
         f"rows. The learning rate is searched for every arm on {first['validation_rows']} other "
-        "rows of each domain, until the rates on both sides are worse. Differences below "
+        f"rows of each domain, over the first {_searched(rows)} seeds, until the rates on both "
+        "sides are worse. Differences below "
         f"{limits[0]:.2f} to {limits[-1]:.2f} nats, by arm, are not told from none here: effects "
         "of a few percent are out of sight. The domains' columns are not tested.",
         where(first),
@@ -131,6 +137,14 @@ def model(rows: list[Row]) -> list[str]:
         *pairs(rows),
         *costs(rows),
     ]
+
+
+def _searched(rows: list[Row]) -> int:
+    """Return over how many seeds rates were compared: those that were not chosen had no more."""
+    tried = [(row["learning_rate"], each) for row in rows for each in row["rates_tried"].split()]
+    return max(
+        int(each.rpartition("@")[2]) for rate, each in tried if each.partition(":")[0] != rate
+    )
 
 
 def pairs(rows: list[Row]) -> list[str]:
@@ -184,6 +198,7 @@ def sequence(rows: list[Row]) -> list[str]:
     if not rows:
         return []
     best = baseline(rows, "experiment_name", "lora_total")
+    active = next((row for row in rows if row["experiment_name"] == "lora_active"), None)
     names = ["first_before", "first_after", "interference", "second_after", "forgetting"]
     cells = [
         [
@@ -191,11 +206,13 @@ def sequence(rows: list[Row]) -> list[str]:
             *(measured(row, name) for name in names),
             compared(row, best, "first_before"),
             compared(row, best, "interference"),
+            *([compared(row, active, "interference")] if active else []),
         ]
         for row in rows
     ]
     header = ["first, before", "first, after", "lost", "second, after", "forgetting"]
     against = ["first before, against LoRA of total rank", "lost, against it"]
+    against += ["lost, against LoRA of active rank"] if active else []
     return [
         "",
         "## One domain after the other",
@@ -214,10 +231,10 @@ def page(results: Path) -> str:
     lines = [
         "# Does routing help? What was measured",
         "",
-        "Losing cases are rows like the others. Written by `make evidence-page` from the CSV files "
-        "in `benchmarks/results`. Two arms are compared by the differences of their runs with one "
-        "seed, with Student's paired t test at 5 %, not corrected for the number of comparisons: "
-        "of twenty, one is wrong where nothing differs.",
+        "Losing cases are rows like the others. Written by `python -m benchmarks.evidence.page` "
+        f"from the CSV files in `{results.as_posix()}`. Two arms are compared by the differences "
+        "of their runs with one seed, with Student's paired t test at 5 %, not corrected for the "
+        "number of comparisons: of twenty, one is wrong where nothing differs.",
         "",
         *worlds(read(results / "two_worlds.csv", ("world", "arm"))),
         *model(read(results / "smollm2.csv", ("experiment_name",))),

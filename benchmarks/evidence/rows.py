@@ -4,7 +4,6 @@ What has a value for each seed is written seed by seed too, so that the page can
 arms in pairs.
 """
 
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,15 +46,20 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def of_seeds(name: str, values: Sequence[float]) -> dict[str, Any]:
-    """Return the columns of a number: mean, standard error, that of each seed; empty if NaN."""
-    if any(math.isnan(value) for value in values):
-        return dict.fromkeys((name, f"{name}_se", f"{name}_by_seed"), "")
+    """Return the columns of a number: mean, standard error, that of each seed."""
     middle, error = mean_and_error(values)
     return {
         name: round(middle, 4),
         f"{name}_se": round(error, 4),
         f"{name}_by_seed": " ".join(f"{value:.4f}" for value in values),
     }
+
+
+def of_forgetting(values: Sequence[float | None]) -> dict[str, Any]:
+    """Return the columns of the forgetting, empty for an arm that has none."""
+    known = [value for value in values if value is not None]
+    empty = dict.fromkeys(of_seeds("forgetting", [0.0, 0.0]), "")
+    return of_seeds("forgetting", known) if known else empty
 
 
 def of_rates(tried: Mapping[float, Sequence[float]]) -> str:
@@ -98,7 +102,7 @@ def of_arm(
         "train_time_ratio": round(costs.step_ratio, 3),
         "train_time_ratio_low": round(costs.step_ratio_low, 3),
         "train_time_ratio_high": round(costs.step_ratio_high, 3),
-        **of_seeds("forgetting", [run.forgetting for run in found]),
+        **of_forgetting([run.forgetting for run in found]),
         "decode_tokens_per_second": round(costs.generated, 1),
         "decode_time_ratio": round(costs.decode_ratio, 3),
         "learning_rate": one.rate,

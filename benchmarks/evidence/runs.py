@@ -37,7 +37,7 @@ class Run:
         model: what was trained; None once it has been tested.
         losses: test loss of each domain, nats per token.
         experts: in use per token, averaged over the tokens and routers; 0 without a router.
-        forgetting: rise of the loss of base text over the base model, nats per token; NaN for an
+        forgetting: rise of the loss of base text over the base model, nats per token; None for an
             oracle, since base text has no domain.
     """
 
@@ -50,7 +50,7 @@ class Run:
     model: Any
     losses: dict[str, float] = field(default_factory=dict)
     experts: float = 0.0
-    forgetting: float = math.nan
+    forgetting: float | None = None
 
     @property
     def test(self) -> float:

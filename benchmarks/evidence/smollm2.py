@@ -6,7 +6,6 @@ all have the same test rows. `--full` is for a GPU.
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
@@ -160,7 +159,7 @@ class Bench:
         with nullcontext({}) if lora else moeadapt.collect_routing(run.model) as routings:
             losses = scored(self.rows[run.seed][2], self.names, self.sizes)
         experts = runs.experts_in_use(one for each in routings.values() for one in each)
-        forgetting = math.nan
+        forgetting = None
         if run.arm != "oracle_routing":
             loss = runs.base_text_loss(run.model, self.tokenizer, self.texts)
             forgetting = loss - self.base_loss
@@ -186,8 +185,8 @@ class Bench:
         return found
 
 
-def columns(names: list[str], place: dict[str, Any]) -> list[str]:
-    """Return the columns of the table of arms, before anything is measured."""
+def columns(names: list[str], place: dict[str, Any]) -> dict[str, list[str]]:
+    """Return the columns of each file, before anything is measured."""
     none = runs.Run(
         arm=cost.BASELINE, rate=0.0, seed=0, validation=0.0, curve=[0.0], seconds=0.0, model=None,
         losses=dict.fromkeys(names, 0.0),
@@ -195,7 +194,12 @@ def columns(names: list[str], place: dict[str, Any]) -> list[str]:
     zero = cost.Cost(**dict.fromkeys((field.name for field in fields(cost.Cost)), 0))
     nothing: Any = dict.fromkeys((field.name for field in fields(rows.Setting)), 0)
     setting = rows.Setting(**nothing)
-    return [*rows.of_arm([none, none], {}, zero, setting, 0.0), *place]
+    after: Any = dict.fromkeys((field.name for field in fields(sequential.Sequence2)), 0)
+    both = [sequential.Sequence2(**after)] * 2
+    return {
+        "smollm2.csv": [*rows.of_arm([none, none], {}, zero, setting, 0.0), *place],
+        "smollm2_sequential.csv": [*rows.of_sequence(both, setting), *place],
+    }
 
 
 def place_of(device: str) -> dict[str, Any]:
@@ -227,11 +231,13 @@ def main(arguments: list[str] | None = None) -> int:
     if args.toy and args.results == RESULTS:
         parser.error("--toy measures nothing: name a folder of its own with --results")
     preset = FULL if args.full else TOY if args.toy else SMALL
-    if min(args.steps or 1, (args.seeds or 2) - 1) < 1:
+    asked_for = {name: getattr(args, name) for name in ("steps", "seeds")}
+    preset = replace(preset, **{k: v for k, v in asked_for.items() if v is not None})
+    if preset.steps < 1 or preset.seeds < 2:
         parser.error("--seeds must be at least 2, for an error, and --steps at least 1")
-    preset = replace(preset, steps=args.steps or preset.steps, seeds=args.seeds or preset.seeds)
     begin, place = time.perf_counter(), place_of(args.device)
-    check_columns(args.results / "smollm2.csv", columns(domains.available(), place))
+    for name, names in columns(domains.available(), place).items():
+        check_columns(args.results / name, names)
     bench = Bench(preset, args.device, args.base)
     base = " ".join(f"{name} {loss:.3f}" for name, loss in bench.base_losses.items())
     print(f"base model: {base}; base text {bench.base_loss:.3f}", flush=True)

@@ -44,10 +44,10 @@ def choose_rate(
     for side in (1, -1) if math.isfinite(_mean(tried[rates[at]])) else (-1,):
         while 0 <= at + side < len(rates) and rates[at + side] not in tried:
             rate = rates[at + side]
-            other = _race(run, rate, tried[rates[at]])
+            known = tried[rates[at]]
+            other = _race(run, rate, known)
             tried[rate] = [one.validation for one in other]
-            known = _mean(tried[rates[at]][: len(other)])
-            if _mean(tried[rate]) >= known and math.isfinite(known):
+            if _mean(tried[rate]) >= _mean(known[: len(other)]) and math.isfinite(_mean(known)):
                 break
             at, best = at + side, other
     rate = rates[at]
@@ -62,7 +62,7 @@ def _race(run: Callable[[float, int], T], rate: float, known: Sequence[float]) -
     for seed in range(len(known)):
         found.append(run(rate, seed))
         own = _mean([one.validation for one in found])
-        if own > _mean(known[: seed + 1]) + GIVE_UP:
+        if math.isfinite(_mean(known)) and own > _mean(known[: seed + 1]) + GIVE_UP:
             break
     return found
 

@@ -108,21 +108,15 @@ def contributions(
             routing = routing_of(routings, name, real.numel())
             weights = _rows(routing.expert_weights[:, list(own)].cpu(), real)
             norms = {key: _rows(x, real) * weights.abs() for key, x in lengths[name].items()}
-            changes = (None, None)
+            changes: list[Tensor | None] = [None, None]
             if effects or name in outputs:
                 others, answers = _without_each(model, batch, watch, name, own)
-                if effects:
-                    changes = tuple(others - told.unsqueeze(-1))
+                changes = [*(others - told.unsqueeze(-1))] if effects else changes
                 if name in outputs:
                     lost = [(outputs[name] - rest).norm(dim=-1).cpu() for rest in answers]
                     norms[name] = _rows(_columns(lost, (real.numel(),)), real)
-            found[name] = LayerContributions(
-                experts=own,
-                weights=weights,
-                norms=norms,
-                logprob_change=changes[0],
-                logit_change=changes[1],
-            )
+            both = {"logprob_change": changes[0], "logit_change": changes[1]}
+            found[name] = LayerContributions(experts=own, weights=weights, norms=norms, **both)
     return Contributions(logprob=told[0], logit=told[1], layers=found)
 
 

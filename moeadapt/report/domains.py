@@ -24,8 +24,8 @@ MOST_ENTRIES = 2**24
 """Entries of the permuted one-hot labels that are made at a time: 128 MB."""
 
 LEAST_PERMUTATIONS, MOST_PERMUTATIONS = 1000, 10_000
-MOST_LABELS = 2**26
-"""Labels of all permutations together: 512 MB."""
+MOST_LABELS = 2**25
+"""Labels of all permutations together: 256 MB, and twice that while they are dealt."""
 
 HIGH = 0.95
 """Quantile of the mutual information under permutation that is kept."""

@@ -57,7 +57,7 @@ class Picture:
         """The text of an SVG file: dark ink on white, with its description."""
         background = '<rect width="100%" height="100%" fill="#fff"/>'
         head, body = self.svg.split(">", 1)
-        told = f"<title>{escape(self.alt)}</title>"
+        told = f"<title>{escape(showable(self.alt))}</title>"
         return f'{head} role="img" color="{INK}">{told}{background}{body}'
 
     def png(self) -> bytes:

@@ -251,7 +251,7 @@ class MoeAdaptCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Compare learned routing with equal shares, if asked to."""
-        # Before the first step the experts do nothing yet, whatever chooses them.
+        # Fresh experts do nothing before the first step, whatever chooses them.
         if self._session is not None and state.global_step:
             self._session.after_evaluation(eval_dataloader or ())
 

@@ -52,8 +52,8 @@ class RunArguments:
         router_weight_decay: weight decay of the routers, >= 0; none: `weight_decay`.
         router_max_grad_norm: largest norm of the gradients of all routers together, > 0, after
             `max_grad_norm` has been applied to all gradients; none: not clipped on their own.
-        compare_uniform: after each evaluation, warn if learned routing is no better than all
-            experts in equal shares; needs `eval_strategy`.
+        compare_uniform: after each evaluation in training, warn if learned routing is no better
+            than all experts in equal shares; needs `eval_strategy`.
         on_nonfinite: at NaN or infinity in loss or gradients `stop` the run, or `skip` the step.
         check_routers: for debugging, stop at the first router whose output is not finite.
         allow_partial_resume: resume although state is missing, or data and batches changed.

@@ -1,7 +1,6 @@
 """Evidence on a real model: equal data for every arm, correct scores, a page that tells losses."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import moeadapt
 from benchmarks.common import append_csv
 from benchmarks.evidence import arms, compare, cost, domains, page, rows, runs, smollm2, two_worlds
 from benchmarks.evidence.arms import ARMS, Sizes
-from benchmarks.evidence.sweep import choose_rate
 from tests.tiny import tiny
 
 SIZES = Sizes(experts=4, rank=4, k=2)
@@ -147,8 +145,15 @@ def test_differences_are_rarely_called_real_where_there_is_none(seeds):
 
 
 def test_a_number_that_an_arm_does_not_have_is_empty():
-    assert set(rows.of_seeds("forgetting", [float("nan")] * 2).values()) == {""}
+    assert set(rows.of_forgetting([None, None]).values()) == {""}
+    assert rows.of_forgetting([1.0, 2.0])["forgetting"] == 1.5
     assert compare.measured({"forgetting": "", "forgetting_se": ""}, "forgetting") == ""
+
+
+def test_an_arm_that_diverged_with_a_seed_is_told_so():
+    base, other = row("lora_kr", 1.0, 2.0), row("mixture_k2", 1.0, float("nan"))
+    assert compare.compared(other, base, "error") == "diverged with some seed"
+    assert compare.measured(other, "error") == "nan ± nan"
 
 
 def test_rates_are_told_in_rising_order():
@@ -163,9 +168,10 @@ def test_a_file_of_another_kind_is_refused_before_anything_is_measured(tmp_path)
 
 def test_the_columns_are_known_before_and_are_those_of_the_committed_file():
     names = ["pronounce", "math_word", "python", "wordnet", "license"]
-    found = smollm2.columns(names, smollm2.place_of("cpu"))
-    header = (page.RESULTS / "smollm2.csv").read_text().partition("\n")[0]
-    assert header.split(",") == found
+    every = smollm2.columns(names, smollm2.place_of("cpu"))
+    for file, columns in every.items():
+        assert (page.RESULTS / file).read_text().partition("\n")[0].split(",") == columns
+    found = every["smollm2.csv"]
     # Those of PEFT's method comparison that a loss without an accelerator has.
     assert set(found) >= {
         "experiment_name", "model_id", "peft_type", "total_time", "train_time", "train_loss",
@@ -221,50 +227,6 @@ def test_every_arm_was_measured():
 
 def test_the_committed_page_is_that_of_the_committed_results():
     assert page.PAGE.read_text() == page.page(page.RESULTS)
-
-
-class Search:
-    """Runs of which only the validation loss is known: `loss(rate, seed)`."""
-
-    def __init__(self, loss):
-        self.loss, self.seen = loss, []
-
-    def __call__(self, rate: float, seed: int) -> SimpleNamespace:
-        self.seen.append((rate, seed))
-        return SimpleNamespace(rate=rate, seed=seed, validation=self.loss(rate, seed))
-
-
-@pytest.mark.parametrize("best", [0, 1, 2, 3, 4, 5])
-def test_the_rate_is_searched_until_both_sides_are_worse(best):
-    # The largest rate diverges.
-    run = Search(lambda rate, _: abs(rate - best) if rate < 5 or best == 5 else torch.nan)
-    found, tried = choose_rate(run, range(6), seeds=3, searched=2)
-    assert [(one.rate, one.seed) for one in found] == [(best, 0), (best, 1), (best, 2)]
-    assert {max(best - 1, 0), min(best + 1, 5)} <= set(tried)
-    assert len(run.seen) == len(set(run.seen))
-
-
-def test_a_rate_that_one_seed_alone_likes_is_not_chosen():
-    # The larger rate is the better one for the first seed; another one diverges.
-    losses = {1.0: (2.5, 2.5, 2.5), 2.0: (2.0, 2.0, 2.0), 3.0: (1.9, 9.0, 2.0)}
-    found, tried = choose_rate(Search(lambda rate, seed: losses[rate][seed]), (1.0, 2.0, 3.0), 3)
-    assert [(one.rate, one.seed) for one in found] == [(2.0, 0), (2.0, 1), (2.0, 2)]
-    # A rate is given up as soon as it is plain that it is worse.
-    assert tried == {1.0: [2.5], 2.0: [2.0] * 3, 3.0: [1.9, 9.0]}
-
-
-def test_a_rate_that_is_a_little_worse_is_run_with_every_seed():
-    losses = {1.0: (2.2, 2.2, 1.0), 2.0: (2.0, 2.0, 2.0)}
-    found, tried = choose_rate(Search(lambda rate, seed: losses[rate][seed]), (1.0, 2.0), 3)
-    assert [one.rate for one in found] == [1.0] * 3
-    assert tried[2.0] == [2.0] * 3
-
-
-@pytest.mark.parametrize("diverging", [(3.0,), (2.0, 3.0), (2.0, 3.0, 4.0, 5.0)])
-def test_a_run_that_diverges_never_wins(diverging):
-    run = Search(lambda rate, _: torch.nan if rate in diverging else rate)
-    found, _ = choose_rate(run, (1.0, 2.0, 3.0, 4.0, 5.0), 2)
-    assert [one.rate for one in found] == [1.0, 1.0]
 
 
 def test_parameters_of_experts_are_told_from_shared_ones():

@@ -171,7 +171,7 @@ def sample(
     settings = {"base": "none, the numbers are made up", "placement": "ffn", "router": "top_k, k 2",
                 "experts": f"{max(sizes)} x lora, r 8", "balance": "switch 0.01"}  # fmt: skip
     if hostile:
-        domains = [f"{HOSTILE} {name}" for name in domains]
+        domains = [f"{HOSTILE} \x1b\ud83d {name}" for name in domains]
         names = [f"{name}.{HOSTILE}" for name in names]
         title = STYLE_ESCAPE + "\ud83d"
         settings = {HOSTILE: STYLE_ESCAPE}

@@ -138,7 +138,7 @@ def _out_of_reach(data: ReportData) -> list[str]:
         )
     chances = [layer.mutual_information_p for layer in data.layers]
     least = max(least, smallest_p(data.texts_per_domain))
-    if least * len(chances) > LEVEL and min(adjusted(chances)) > LEVEL:
+    if len(chances) > 1 and least * len(chances) > LEVEL and min(adjusted(chances)) > LEVEL:
         notes.append(
             f"Mutual information: {len(chances)} layers were tested at once, and with "
             f"{data.permutations} permutations of {sum(data.texts_per_domain)} texts none of them "
