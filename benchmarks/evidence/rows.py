@@ -4,6 +4,7 @@ What has a value for each seed is written seed by seed too, so that the page can
 arms in pairs.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,9 @@ class Setting:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Return the mean and its standard error."""
+    """Return the mean and its standard error, NaN if a run diverged."""
+    if not all(map(math.isfinite, values)):
+        return math.nan, math.nan
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import altair as alt
 import vl_convert
 
-from moeadapt.report.wording import rounded, showable
+from moeadapt.report.wording import all_showable, rounded, showable
 
 INK = "#1b1f24"
 """Text colour of the files; on the page it is that of the text around."""
@@ -78,8 +78,8 @@ def chart_picture(chart: Any, name: str, alt_text: str, tables: Tables, title: s
     spec = _configured(chart).to_dict(validate=False)
     # Rows are added here since Altair copies what it is given, cell by cell, many times.
     spec["datasets"] = {key: rounded(rows) for key, rows in tables.items()}
-    text = json.dumps(spec, ensure_ascii=False)
-    svg = vl_convert.vegalite_to_svg(showable(text))
+    # The renderer ends the whole process at a control character.
+    svg = vl_convert.vegalite_to_svg(json.dumps(all_showable(spec), ensure_ascii=False))
     svg = TAG.sub(lambda tag: ROLE.sub("", LONG_NUMBER.sub(r"\1", tag[0])), showable(svg))
     return Picture(name=name, title=title, alt=alt_text, svg=svg)
 

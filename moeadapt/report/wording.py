@@ -19,6 +19,24 @@ def showable(text: str) -> str:
     return UNSHOWABLE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def all_showable(value: Any) -> Any:
+    """Return lists and dicts with every text made `showable`.
+
+    JSON would write a control character as an escape, which comes back where it is read.
+
+    Example:
+        >>> all_showable({"domain": ["a" + chr(27)]}) == {"domain": ["a" + chr(0xFFFD)]}
+        True
+    """
+    if isinstance(value, str):
+        return showable(value)
+    if isinstance(value, dict):
+        return {key: all_showable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [all_showable(item) for item in value]
+    return value
+
+
 def number(value: Number | None, digits: int = 2, sign: bool = False) -> str:
     """Write a number with `digits` decimals and a true minus; a dash if it is none.
 

@@ -184,7 +184,7 @@ def sample(
         settings=settings,
         num_experts=max(sizes),
         domains=domains,
-        texts_per_domain=[40 - 3 * index for index in range(len(domains))],
+        texts_per_domain=[max(40 - 3 * index, 1) for index in range(len(domains))],
         tokens=18_432,
         verdicts=VERDICTS,
         arms=make_arms(),
