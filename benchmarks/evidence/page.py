@@ -142,9 +142,9 @@ def model(rows: list[Row]) -> list[str]:
 def _searched(rows: list[Row]) -> int:
     """Return over how many seeds rates were compared: those that were not chosen had no more."""
     tried = [(row["learning_rate"], each) for row in rows for each in row["rates_tried"].split()]
-    return max(
-        int(each.rpartition("@")[2]) for rate, each in tried if each.partition(":")[0] != rate
-    )
+    others = [each for rate, each in tried if each.partition(":")[0] != rate]
+    # Where no other rate was tried, there was nothing to compare.
+    return max((int(each.rpartition("@")[2]) for each in others), default=int(rows[0]["seeds"]))
 
 
 def pairs(rows: list[Row]) -> list[str]:

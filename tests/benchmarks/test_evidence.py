@@ -217,6 +217,16 @@ def test_the_committed_two_worlds_are_what_theory_says():
             assert "wins" in found
 
 
+def test_rates_were_compared_over_as_many_seeds_as_the_losing_ones_have():
+    one = {
+        "learning_rate": "0.002",
+        "seeds": "5",
+        "rates_tried": "0.001:3.5@2 0.002:3.2@5 0.005:4@3",
+    }
+    assert page._searched([one]) == 3
+    assert page._searched([{**one, "rates_tried": "0.002:3.2@5"}]) == 5
+
+
 def test_every_arm_was_measured():
     measured = compare.read(page.RESULTS / "smollm2.csv", ("experiment_name",))
     assert {one["experiment_name"] for one in measured} == set(ARMS)
